@@ -1,0 +1,723 @@
+"""Transformers that can propagate relevance: GPT-2, GPT-NeoX (Pythia), Qwen2, Gemma 2 and Llama.
+
+    model = from_pretrained("gpt2")
+    logits = model(tokens)                         # the plain forward pass
+    logits = model(tokens, lrp=True)               # the same numbers; backward now follows the LRP rules
+    logits = model(tokens, hook=hook)              # every named node of the graph passes through hook(name, layer, value)
+
+Read it from the top: the rules (Table 1 of the RelP paper), the pieces, one block per data flow, the
+transformer, then the loading of Hugging Face checkpoints and tokenizers.
+
+Shapes: b batch, t pos, h head, d d_model (or d_head behind an h). Every node is [batch, pos, ...].
+"""
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------
+# Table 1: propagation rules. A rule leaves the forward pass as it is and makes part of it a constant, so that
+# autograd, run backward from the metric, returns LRP's propagation coefficient rho instead of the gradient.
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which rows of Table 1 are on for a forward pass. Rules() is none of them: the plain gradient."""
+
+    ln: bool = False
+    identity: bool = False
+    half: bool = False
+    ah: bool = False
+    epsilon: float | None = None  # linear layers: the 0-rule, unless epsilon or gamma is given
+    gamma: float | None = None
+
+
+def const(x: Tensor, on: bool) -> Tensor:
+    """[x]_const. of Table 1."""
+    return x.detach() if on else x
+
+
+def ln_rule(x: Tensor, eps: float, on: bool) -> Tensor:
+    """LN-rule for LayerNorm (x centred before: that stays differentiable) and RMSNorm: x / [sqrt(eps + mean x^2)]_const."""
+    return x / const((x.square().mean(-1, keepdim=True) + eps).sqrt(), on)
+
+
+def identity_rule(x: Tensor, gate, on: bool) -> Tensor:
+    """Identity-rule for GELU and SiLU, both x * gate(x): x * [gate(x)]_const."""
+    return x * const(gate(x), on)
+
+
+def ah_rule(pattern: Tensor, on: bool) -> Tensor:
+    """AH-rule for attention heads: the pattern A in sum_i A_ij x_i is constant."""
+    return const(pattern, on)
+
+
+def half_rule(x: Tensor, g: Tensor, on: bool) -> Tensor:
+    """Half-rule for multiplicative gates: 0.5 x*g + [0.5 x*g]_const."""
+    y = x * g
+    half = 0.5 * y
+    return half + (y - half).detach() if on else y  # y - half, not half again: the sum is then y to the last bit
+
+
+def linear_rule(x: Tensor, weight: Tensor, bias: Tensor | None, rules: Rules) -> Tensor:
+    """Linear layers, y_j = sum_i z_ij + b_j with z_ij = x_i w_ji. R_i is the share of z_ij in y_j, times R_j:
+
+    0-rule        z_ij / y_j: nothing to do, it is Gradient x Input.
+    epsilon-rule  z_ij / (y_j + epsilon sign(y_j)): outputs near 0 pass less on.
+    gamma-rule    contributions of the sign of y_j count 1 + gamma times: (z_ij + gamma z_ij^+) / (y_j + gamma sum_i z_ij^+)
+                  where y_j > 0, with z_ij^- where y_j < 0 (b_j is one of the contributions). For inputs and outputs
+                  >= 0 it is LRP-gamma of [52]; this form, of [58], keeps the denominator away from 0 for any sign.
+    """
+    y = F.linear(x, weight, bias)
+    if rules.epsilon is not None:
+        passed = y * (y.abs() / (y.abs() + rules.epsilon)).detach()
+    elif rules.gamma is not None:
+        up, down = weight + rules.gamma * weight.clamp(min=0), weight + rules.gamma * weight.clamp(max=0)
+        b_up, b_down = (None, None) if bias is None else (bias + rules.gamma * bias.clamp(min=s, max=e) for s, e in ((0, None), (None, 0)))
+        pos, neg = x * (x > 0), x * (x < 0)
+        boosted = torch.where(y > 0, F.linear(pos, up, b_up) + F.linear(neg, down), F.linear(pos, down, b_down) + F.linear(neg, up))
+        passed = boosted * (y / torch.where(boosted == 0, 1, boosted)).detach()  # |y| <= |boosted|
+    else:
+        return y
+    return y.detach() + (passed - passed.detach())  # the value of y, the gradient of passed
+
+
+# Table 4: the rules of the paper's experiments (the 0-rule on linear layers, no AH-rule). Llama, which the paper
+# leaves out, is built of Qwen2's pieces. No row of Table 1 names Gemma 2's two softcaps: they keep their derivative,
+# as everything does that has no rule. Its post-norms are RMSNorms and get the LN-rule. The rotation of queries and
+# keys is linear in them and needs no rule.
+TABLE_4 = {
+    "gpt2": Rules(ln=True, identity=True),
+    "gpt_neox": Rules(ln=True, identity=True),
+    "qwen2": Rules(ln=True, identity=True, half=True),
+    "gemma2": Rules(ln=True, identity=True, half=True),
+    "llama": Rules(ln=True, identity=True, half=True),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The pieces. Each takes the Run that it is part of.
+
+
+@dataclass
+class Run:
+    """One forward pass as a block sees it: the rules in force, and the hook that every named node passes through."""
+
+    rules: Rules
+    hook: object  # hook(name, layer, value) -> value, or None
+    layer: int
+    start: int = 0  # the stream's first row is this position; keys and values before it come from the hook
+    last: bool = False  # only the last position's output is wanted
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        return value if self.hook is None else self.hook(name, self.layer, value)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float32 or better: norms, softmax, activations and softcaps are computed in it whatever the model's dtype."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def gelu_tanh_gate(x: Tensor) -> Tensor:
+    """(1 + tanh u) / 2 = sigmoid(2u) with u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    c = 2 * math.sqrt(2 / math.pi)
+    return torch.sigmoid(x * (c + c * 0.044715 * x.square()))
+
+
+GATES = {  # act(x) = x * gate(x)
+    "gelu": torch.special.ndtr,  # Phi, the normal distribution function
+    "gelu_new": gelu_tanh_gate,
+    "gelu_fast": gelu_tanh_gate,
+    "gelu_pytorch_tanh": gelu_tanh_gate,
+    "silu": torch.sigmoid,
+    "swish": torch.sigmoid,
+}
+
+
+class Linear(nn.Module):
+    def __init__(self, d_in: int, d_out: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+
+    def forward(self, x: Tensor, run: Run) -> Tensor:
+        return linear_rule(x, self.weight, self.bias, run.rules)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, c: "Config"):
+        super().__init__()
+        self.eps = c.eps
+        self.weight = nn.Parameter(torch.ones(c.d_model))
+        self.bias = nn.Parameter(torch.zeros(c.d_model))
+
+    def forward(self, x: Tensor, run: Run) -> Tensor:
+        h = upcast(x)
+        h = h - h.mean(-1, keepdim=True)
+        return (ln_rule(h, self.eps, run.rules.ln) * self.weight + self.bias).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, c: "Config"):
+        super().__init__()
+        self.eps, self.offset = c.eps, c.norm_offset
+        self.weight = nn.Parameter(torch.ones(c.d_model) - self.offset)
+
+    def forward(self, x: Tensor, run: Run) -> Tensor:
+        # Gemma stores w and scales by 1 + w: added here, since 1 + w would lose digits of w in low precision
+        return (ln_rule(upcast(x), self.eps, run.rules.ln) * (self.offset + upcast(self.weight))).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: "Config", layer: int):
+        super().__init__()
+        self.c, self.window = c, c.windows[layer]
+        self.q = Linear(c.d_model, c.n_heads * c.d_head, c.qkv_bias)
+        self.k = Linear(c.d_model, c.n_kv_heads * c.d_head, c.qkv_bias)
+        self.v = Linear(c.d_model, c.n_kv_heads * c.d_head, c.qkv_bias)
+        self.o = Linear(c.n_heads * c.d_head, c.d_model, c.out_bias)
+
+    def forward(self, x: Tensor, run: Run) -> Tensor:
+        c, heads = self.c, lambda y: y.unflatten(-1, (-1, self.c.d_head))
+        queries = x[:, -1:] if run.last else x
+        first = run.start + x.shape[1] - queries.shape[1]  # position of the first query
+        q = run("q", rotate(heads(self.q(queries, run)), first, c))  # [b, t, n_heads, d_head], rotated
+        k = run("k", rotate(heads(self.k(x, run)), run.start, c))  # [b, t, n_kv_heads, d_head], rotated
+        v = run("v", heads(self.v(x, run)))
+        if c.n_kv_heads < c.n_heads:
+            k, v = (y.repeat_interleave(c.n_heads // c.n_kv_heads, dim=2) for y in (k, v))
+        scores = upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * c.attn_scale
+        scores = softcap(scores, c.attn_softcap)
+        scores = scores.masked_fill(unseen(first, q.shape[1], k.shape[1], self.window, x.device), -torch.inf)
+        pattern = run("pattern", ah_rule(scores.softmax(-1).to(x.dtype), run.rules.ah))  # [b, query, h, key]
+        z = run("z", torch.einsum("bqhk,bkhd->bqhd", pattern, v))  # [b, t, n_heads, d_head]
+        return self.o(z.flatten(-2), run)
+
+
+def unseen(first: int, n_queries: int, n_keys: int, window: int | None, device) -> Tensor:
+    """True where a query (at positions from `first`) must not see a key: [query, 1, key]."""
+    query = first + torch.arange(n_queries, device=device)[:, None, None]
+    key = torch.arange(n_keys, device=device)
+    return (key > query) if window is None else (key > query) | (key <= query - window)
+
+
+def rotate(x: Tensor, first: int, c: "Config") -> Tensor:
+    """Rotary position embedding of the first rotary_dim dimensions; x is [b, t, h, d_head], its rows at positions from `first`."""
+    if c.rotary_dim == 0:
+        return x
+    half, dtype = c.rotary_dim // 2, torch.promote_types(x.dtype, torch.float32)
+    position = torch.arange(first, first + x.shape[1], device=x.device, dtype=dtype)
+    angle = torch.outer(position, torch.tensor(c.rotary_freqs, device=x.device, dtype=dtype))[:, None]  # [t, 1, half]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
+
+
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: "Config"):
+        super().__init__()
+        self.act = GATES[c.act]
+        self.gate = Linear(c.d_model, c.d_mlp, c.mlp_bias) if c.gated else None
+        self.up = Linear(c.d_model, c.d_mlp, c.mlp_bias)
+        self.down = Linear(c.d_mlp, c.d_model, c.mlp_bias)
+
+    def forward(self, x: Tensor, run: Run) -> Tensor:
+        if self.gate is None:
+            hidden = self.activate(self.up(x, run), run)
+        else:
+            hidden = half_rule(self.activate(self.gate(x, run), run), self.up(x, run), run.rules.half)
+        return self.down(run("mlp_hidden", hidden), run)
+
+    def activate(self, x: Tensor, run: Run) -> Tensor:
+        return identity_rule(upcast(x), self.act, run.rules.identity).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The blocks: one per data flow. attn_out and mlp_out are what is added to the residual stream. x[:, -n:] drops the
+# positions whose output nobody wants (run.last); otherwise it is x.
+
+
+class SequentialBlock(nn.Module):
+    """GPT-2, Qwen2, Llama, and NeoX without use_parallel_residual: attention, then MLP, each on the normed stream."""
+
+    nodes = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_hidden", "mlp_out", "resid_post")
+
+    def __init__(self, c: "Config", layer: int):
+        super().__init__()
+        norm = LayerNorm if c.layer_norm else RMSNorm
+        self.ln1, self.attn, self.ln2, self.mlp = norm(c), Attention(c, layer), norm(c), MLP(c)
+
+    def forward(self, x: Tensor, run: Run) -> Tensor:
+        x = run("resid_pre", x)
+        attn_out = run("attn_out", self.attn(self.ln1(x, run), run))
+        x = run("resid_mid", x[:, -attn_out.shape[1] :] + attn_out)
+        mlp_out = run("mlp_out", self.mlp(self.ln2(x, run), run))
+        return run("resid_post", x + mlp_out)
+
+
+class ParallelBlock(SequentialBlock):
+    """GPT-NeoX (Pythia): attention and MLP read the same stream; there is no resid_mid."""
+
+    nodes = tuple(n for n in SequentialBlock.nodes if n != "resid_mid")
+
+    def forward(self, x: Tensor, run: Run) -> Tensor:
+        x = run("resid_pre", x)
+        attn_out = run("attn_out", self.attn(self.ln1(x, run), run))
+        x = x[:, -attn_out.shape[1] :]
+        mlp_out = run("mlp_out", self.mlp(self.ln2(x, run), run))
+        return run("resid_post", x + attn_out + mlp_out)
+
+
+class SandwichBlock(SequentialBlock):
+    """Gemma 2: a norm before and one behind attention and MLP; attn_out and mlp_out are taken behind the second."""
+
+    def __init__(self, c: "Config", layer: int):
+        super().__init__(c, layer)
+        self.ln1_post, self.ln2_post = RMSNorm(c), RMSNorm(c)
+
+    def forward(self, x: Tensor, run: Run) -> Tensor:
+        x = run("resid_pre", x)
+        attn_out = run("attn_out", self.ln1_post(self.attn(self.ln1(x, run), run), run))
+        x = run("resid_mid", x[:, -attn_out.shape[1] :] + attn_out)
+        mlp_out = run("mlp_out", self.ln2_post(self.mlp(self.ln2(x, run), run), run))
+        return run("resid_post", x + mlp_out)
+
+
+BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock, "sandwich": SandwichBlock}
+
+
+class Transformer(nn.Module):
+    """tokens [batch, pos] -> logits [batch, pos, vocab].
+
+    lrp   False: the plain gradient. True: the paper's rules for this family (Table 4). Rules(...): those. The logits
+          are bit-identical in every case; only what backward returns differs.
+    hook  hook(name, layer, value) -> value sees every named node in turn (`nodes` lists them) and returns what the
+          pass goes on with: the same to look, another to intervene. It lives for this call alone.
+    """
+
+    def __init__(self, config: "Config"):
+        super().__init__()
+        c = self.config = config
+        self.embed_tokens = nn.Embedding(c.n_vocab, c.d_model)
+        self.embed_positions = None if c.rotary_dim else nn.Embedding(c.n_ctx, c.d_model)
+        self.blocks = nn.ModuleList(BLOCKS[c.block](c, layer) for layer in range(c.n_layers))
+        self.ln_f = LayerNorm(c) if c.layer_norm else RMSNorm(c)
+        self.unembed_tokens = None if c.tied else Linear(c.d_model, c.n_vocab, bias=False)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The names that the hook of a forward pass meets, in the order of a block's data flow."""
+        return self.blocks[0].nodes
+
+    def forward(self, tokens: Tensor, lrp: bool | Rules = False, hook=None) -> Tensor:
+        return self.unembed(self.stream(tokens, lrp, hook), lrp)
+
+    def stream(self, tokens: Tensor, lrp: bool | Rules = False, hook=None) -> Tensor:
+        """The residual stream behind the last block: [batch, pos, d_model]."""
+        x = self.embed(tokens)
+        for layer in range(self.config.n_layers):
+            x = self.block(layer, x, lrp, hook)
+        return x
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        c = self.config
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must have the shape [batch, pos] with at least one position, got {list(tokens.shape)}")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < c.n_vocab:
+            raise ValueError(f"token ids must lie in 0..{c.n_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}")
+        if tokens.shape[1] > c.n_ctx:
+            raise ValueError(f"prompts of {tokens.shape[1]} tokens exceed this model's context of {c.n_ctx}")
+        x = self.embed_tokens(tokens)
+        if c.embed_scale != 1:
+            x = x * torch.tensor(c.embed_scale, dtype=x.dtype)  # rounded to the model's dtype, as Gemma was trained
+        return x if self.embed_positions is None else x + self.embed_positions.weight[: tokens.shape[1]]
+
+    def block(self, layer: int, x: Tensor, lrp: bool | Rules = False, hook=None, start: int = 0, last: bool = False) -> Tensor:
+        """One block on the stream x [batch, pos, d_model]; with it a run can be resumed in the middle.
+
+        start  x holds the positions from `start` on, and the hook puts the keys and values of those before in
+               front of what it is given at "k" and "v".
+        last   return the last position alone, [batch, 1, d_model], and compute no other where that is possible.
+        """
+        return self.blocks[layer](x, Run(self.rules(lrp), hook, layer, start, last))
+
+    def unembed(self, x: Tensor, lrp: bool | Rules = False, columns: Tensor | None = None) -> Tensor:
+        """Logits [..., vocab] of the stream x [..., d_model]; of the token ids in `columns` alone where given."""
+        run = Run(self.rules(lrp), None, self.config.n_layers)
+        weight = (self.unembed_tokens or self.embed_tokens).weight
+        weight = weight if columns is None else weight[columns]
+        return softcap(upcast(linear_rule(self.ln_f(x, run), weight, None, run.rules)), self.config.logit_softcap)
+
+    def rules(self, lrp: bool | Rules) -> Rules:
+        return lrp if isinstance(lrp, Rules) else TABLE_4[self.config.family] if lrp else Rules()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Configurations: one function per family from the fields of config.json, with the defaults of transformers.
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a Transformer is built from, the same fields for every family."""
+
+    family: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    n_vocab: int
+    n_ctx: int
+    eps: float
+    act: str
+    block: str  # a key of BLOCKS
+    tied: bool
+    attn_scale: float
+    windows: tuple[int | None, ...]  # per layer: how many positions attention looks back, itself included
+    rotary_freqs: tuple[float, ...] = ()  # radians per position, one for each rotated pair
+    layer_norm: bool = False  # else RMSNorm
+    norm_offset: float = 0.0
+    gated: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    embed_scale: float = 1.0
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * len(self.rotary_freqs)
+
+    @staticmethod
+    def from_hf(c: dict) -> "Config":
+        """The fields of a Hugging Face config.json, as transformers 4 or 5 writes it. ValueError where it is not one of ours."""
+        family = c.get("model_type")
+        if family not in CONFIGS:
+            raise ValueError(f"model_type {family!r} is not supported: this project knows {', '.join(CONFIGS)}")
+        try:
+            config = Config(family=family, **CONFIGS[family](c))
+        except KeyError as error:
+            raise ValueError(f"config.json of a {family} model lacks the field {error}") from None
+        except TypeError as error:
+            raise ValueError(f"config.json of a {family} model has a field of the wrong type: {error}") from None
+        if config.act not in GATES:
+            raise ValueError(f"activation {config.act!r} is not supported: this project knows {', '.join(GATES)}")
+        return config
+
+
+def gpt2_config(c: dict) -> dict:
+    for field, wanted in {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}.items():
+        if c.get(field, wanted) != wanted:
+            raise ValueError(f"gpt2 with {field}={c[field]} is not supported")
+    d, heads = c["n_embd"], c["n_head"]
+    return dict(
+        n_layers=c["n_layer"], d_model=d, n_heads=heads, n_kv_heads=heads, d_head=d // heads, d_mlp=c.get("n_inner") or 4 * d,
+        n_vocab=c["vocab_size"], n_ctx=c["n_positions"], eps=c.get("layer_norm_epsilon", 1e-5), act=c.get("activation_function", "gelu_new"),
+        block="sequential", layer_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True, tied=c.get("tie_word_embeddings", True),
+        attn_scale=(d // heads) ** -0.5, windows=(None,) * c["n_layer"],
+    )  # fmt: skip
+
+
+def gpt_neox_config(c: dict) -> dict:
+    d, heads, bias = c["hidden_size"], c["num_attention_heads"], c.get("attention_bias", True)
+    return dict(
+        n_layers=c["num_hidden_layers"], d_model=d, n_heads=heads, n_kv_heads=heads, d_head=d // heads, d_mlp=c["intermediate_size"],
+        n_vocab=c["vocab_size"], n_ctx=c["max_position_embeddings"], eps=c.get("layer_norm_eps", 1e-5), act=c.get("hidden_act", "gelu"),
+        block="parallel" if c.get("use_parallel_residual", True) else "sequential",
+        layer_norm=True, qkv_bias=bias, out_bias=bias, mlp_bias=True, tied=c.get("tie_word_embeddings", False),
+        attn_scale=(d // heads) ** -0.5, windows=(None,) * c["num_hidden_layers"],
+        rotary_freqs=rotary_freqs(c, d // heads, c.get("rotary_pct", 0.25), c.get("rotary_emb_base", 10000.0)),
+    )  # fmt: skip
+
+
+def llama_config(c: dict) -> dict:
+    d, heads = c["hidden_size"], c["num_attention_heads"]
+    d_head = c.get("head_dim") or d // heads
+    return dict(
+        n_layers=c["num_hidden_layers"], d_model=d, n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads, d_head=d_head,
+        d_mlp=c["intermediate_size"], n_vocab=c["vocab_size"], n_ctx=c.get("max_position_embeddings", 2048),
+        eps=c.get("rms_norm_eps", 1e-6), act=c.get("hidden_act", "silu"), block="sequential", gated=True,
+        qkv_bias=c.get("attention_bias", False), out_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False),
+        tied=c.get("tie_word_embeddings", False), attn_scale=d_head**-0.5, windows=(None,) * c["num_hidden_layers"],
+        rotary_freqs=rotary_freqs(c, d_head),
+    )  # fmt: skip
+
+
+def qwen2_config(c: dict) -> dict:
+    n, first = c["num_hidden_layers"], c.get("max_window_layers", 28)
+    window = c.get("sliding_window") if c.get("use_sliding_window", False) else None
+    kinds = c.get("layer_types") or ["sliding_attention" if layer >= first else "full_attention" for layer in range(n)]
+    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return {**llama_config(c), "qkv_bias": True, "out_bias": False, "mlp_bias": False, "windows": windows}
+
+
+def gemma2_config(c: dict) -> dict:
+    n, d_head = c["num_hidden_layers"], c.get("head_dim", 256)
+    kinds = c.get("layer_types") or ["full_attention" if layer % 2 else "sliding_attention" for layer in range(n)]
+    return {
+        **llama_config({**c, "head_dim": d_head}),
+        "block": "sandwich", "norm_offset": 1.0, "mlp_bias": False, "tied": c.get("tie_word_embeddings", True),
+        "act": c.get("hidden_activation") or c.get("hidden_act") or "gelu_pytorch_tanh",
+        "attn_scale": c.get("query_pre_attn_scalar", 256) ** -0.5, "embed_scale": c["hidden_size"] ** 0.5,
+        "windows": tuple(c.get("sliding_window", 4096) if kind == "sliding_attention" else None for kind in kinds),
+        "attn_softcap": c.get("attn_logit_softcapping", 50.0), "logit_softcap": c.get("final_logit_softcapping", 30.0),
+    }  # fmt: skip
+
+
+CONFIGS = {"gpt2": gpt2_config, "gpt_neox": gpt_neox_config, "qwen2": qwen2_config, "gemma2": gemma2_config, "llama": llama_config}
+
+
+def rotary_freqs(c: dict, d_head: int, fraction: float = 1.0, theta: float = 10000.0) -> tuple[float, ...]:
+    """Radians per position of each rotated pair. transformers 5 keeps the settings in rope_parameters, 4 in rope_scaling and rope_theta."""
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    theta = rope.get("rope_theta") or c.get("rope_theta") or theta
+    dim = int(d_head * rope.get("partial_rotary_factor", fraction))
+    freqs = [theta ** (-i / dim) for i in range(0, dim, 2)]
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "linear":
+        freqs = [f / rope["factor"] for f in freqs]
+    elif kind == "llama3":  # low frequencies are slowed by `factor`, high ones kept, those between blended
+        low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+        keep = [min(max((context * f / (2 * math.pi) - low) / (high - low), 0.0), 1.0) for f in freqs]
+        freqs = [k * f + (1 - k) * f / rope["factor"] for f, k in zip(freqs, keep)]
+    elif kind != "default":
+        raise ValueError(f"rope_type {kind!r} is not supported: this project knows default, linear and llama3")
+    return tuple(freqs)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints: one literal table per family, {their module: our module, or several and a fix-up}; "{}" is the layer. Each
+# line stands for the weight and, where ours has one, the bias.
+
+
+@dataclass(frozen=True)
+class FixUp:
+    """How a checkpoint stores a tensor: load(theirs, n, config) gives our n tensors, save(ours, config) theirs."""
+
+    load: object
+    save: object
+
+
+AS_IT_IS = FixUp(lambda x, n, c: x.chunk(n), lambda xs, c: torch.cat(xs))
+# GPT-2's Conv1D keeps its weights as [d_in, d_out]; its q, k, v stand one behind the other
+CONV1D = FixUp(lambda x, n, c: x.T.chunk(n) if x.ndim == 2 else x.chunk(n), lambda xs, c: torch.cat(xs).T if xs[0].ndim == 2 else torch.cat(xs))
+# GPT-NeoX's q, k, v are interleaved by head: [head, (q, k, v), d_head]
+INTERLEAVED = FixUp(
+    lambda x, n, c: x.unflatten(0, (c.n_heads, n, c.d_head)).transpose(0, 1).flatten(1, 2).unbind(0),
+    lambda xs, c: torch.stack([x.unflatten(0, (c.n_heads, c.d_head)) for x in xs], 1).flatten(0, 2),
+)
+
+GPT2_NAMES = {
+    "transformer.wte": "embed_tokens",
+    "transformer.wpe": "embed_positions",
+    "transformer.h.{}.ln_1": "blocks.{}.ln1",
+    "transformer.h.{}.attn.c_attn": ("blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v", CONV1D),
+    "transformer.h.{}.attn.c_proj": ("blocks.{}.attn.o", CONV1D),
+    "transformer.h.{}.ln_2": "blocks.{}.ln2",
+    "transformer.h.{}.mlp.c_fc": ("blocks.{}.mlp.up", CONV1D),
+    "transformer.h.{}.mlp.c_proj": ("blocks.{}.mlp.down", CONV1D),
+    "transformer.ln_f": "ln_f",
+    "lm_head": "unembed_tokens",
+}
+GPT_NEOX_NAMES = {
+    "gpt_neox.embed_in": "embed_tokens",
+    "gpt_neox.layers.{}.input_layernorm": "blocks.{}.ln1",
+    "gpt_neox.layers.{}.attention.query_key_value": ("blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v", INTERLEAVED),
+    "gpt_neox.layers.{}.attention.dense": "blocks.{}.attn.o",
+    "gpt_neox.layers.{}.post_attention_layernorm": "blocks.{}.ln2",
+    "gpt_neox.layers.{}.mlp.dense_h_to_4h": "blocks.{}.mlp.up",
+    "gpt_neox.layers.{}.mlp.dense_4h_to_h": "blocks.{}.mlp.down",
+    "gpt_neox.final_layer_norm": "ln_f",
+    "embed_out": "unembed_tokens",
+}
+LLAMA_NAMES = {
+    "model.embed_tokens": "embed_tokens",
+    "model.layers.{}.input_layernorm": "blocks.{}.ln1",
+    "model.layers.{}.self_attn.q_proj": "blocks.{}.attn.q",
+    "model.layers.{}.self_attn.k_proj": "blocks.{}.attn.k",
+    "model.layers.{}.self_attn.v_proj": "blocks.{}.attn.v",
+    "model.layers.{}.self_attn.o_proj": "blocks.{}.attn.o",
+    "model.layers.{}.post_attention_layernorm": "blocks.{}.ln2",
+    "model.layers.{}.mlp.gate_proj": "blocks.{}.mlp.gate",
+    "model.layers.{}.mlp.up_proj": "blocks.{}.mlp.up",
+    "model.layers.{}.mlp.down_proj": "blocks.{}.mlp.down",
+    "model.norm": "ln_f",
+    "lm_head": "unembed_tokens",
+}
+GEMMA2_NAMES = {  # Llama's, but for the norms: what Llama calls post_attention is the norm before the MLP, here the one behind attention
+    **LLAMA_NAMES,
+    "model.layers.{}.post_attention_layernorm": "blocks.{}.ln1_post",
+    "model.layers.{}.pre_feedforward_layernorm": "blocks.{}.ln2",
+    "model.layers.{}.post_feedforward_layernorm": "blocks.{}.ln2_post",
+}
+NAMES = {"gpt2": GPT2_NAMES, "gpt_neox": GPT_NEOX_NAMES, "qwen2": LLAMA_NAMES, "gemma2": GEMMA2_NAMES, "llama": LLAMA_NAMES}
+
+# masks and frequencies that old checkpoints keep as buffers; a copy of the embedding where the two are tied
+BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|(^|\.)rotary_emb\.inv_freq$")
+UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+
+
+def layout(model: Transformer) -> dict[str, tuple[list[str], FixUp]]:
+    """{tensor name in a checkpoint: (our parameters, fix-up)} for this model."""
+    ours = model.state_dict().keys()
+    table = {}
+    for theirs, entry in NAMES[model.config.family].items():
+        *modules, fix = (entry, AS_IT_IS) if isinstance(entry, str) else entry
+        for layer in range(model.config.n_layers if "{}" in theirs else 1):
+            for kind in ("weight", "bias"):
+                names = [f"{module.format(layer)}.{kind}" for module in modules]
+                if names[0] in ours:
+                    table[f"{theirs.format(layer)}.{kind}"] = (names, fix)
+    return table
+
+
+def to_checkpoint(model: Transformer) -> dict[str, Tensor]:
+    """The weights under the names and in the layout of transformers, for safetensors' save_file."""
+    ours = model.state_dict()
+    return {theirs: fix.save([ours[n] for n in names], model.config).contiguous() for theirs, (names, fix) in layout(model).items()}
+
+
+SHORT_NAMES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "pythia-70m": "EleutherAI/pythia-70m",
+    "pythia-70m-deduped": "EleutherAI/pythia-70m-deduped",
+    "pythia-410m": "EleutherAI/pythia-410m",
+    "qwen2-0.5b": "Qwen/Qwen2-0.5B",
+    "qwen2-7b": "Qwen/Qwen2-7B",
+    "gemma2-2b": "google/gemma-2-2b",
+    **{f"toy-{kind}": str(Path(__file__).parent / "toy" / kind) for kind in ("gpt2", "neox", "qwen2", "gemma2")},
+}
+
+
+def from_pretrained(name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Transformer:
+    """A model from a short name (SHORT_NAMES), a Hub repository "owner/name" or a local directory in Hugging Face layout.
+
+    Its weights need no gradient and keep the checkpoint's values: nothing is folded or centred. ValueError, in one line,
+    for an unknown name, no network, a gated or missing repository, a family that is not ours, a corrupt file, and
+    tensors that are missing, unexpected or of the wrong shape.
+    """
+    config = Config.from_hf(read_json(fetch(name, "config.json")))
+    with torch.device("meta"):
+        model = Transformer(config)
+    load_weights(model, weight_files(name), dtype, device)
+    return model.requires_grad_(False).eval()
+
+
+def load_weights(model: Transformer, files: list[Path], dtype: torch.dtype, device) -> None:
+    """Fill a model on the meta device tensor by tensor, strictly: every tensor it needs once, none that it does not know."""
+    table, c = layout(model), model.config
+    ours = dict(model.named_parameters())
+    missing, unexpected = dict(table), []
+    prefix = next(iter(table)).split(".")[0] + "."  # published GPT-2 checkpoints leave out "transformer."
+    for file in files:
+        for theirs, tensor in read_tensors(file):
+            name = theirs if theirs in table else prefix + theirs
+            if name not in table:
+                if not BUFFERS.search(theirs) and not (c.tied and UNEMBEDDING.search(theirs)):
+                    unexpected.append(theirs)
+                continue
+            names, fix = table[name]
+            wanted = fix.save([ours[n] for n in names], c).shape
+            if tensor.shape != wanted:
+                raise ValueError(f"{file}: {theirs} has the shape {list(tensor.shape)}, config.json asks for {list(wanted)}")
+            for n, piece in zip(names, fix.load(tensor, len(names), c)):
+                value = torch.empty(piece.shape, dtype=dtype, device=device).copy_(piece)
+                module, _, kind = n.rpartition(".")
+                setattr(model.get_submodule(module), kind, nn.Parameter(value, requires_grad=False))
+            missing.pop(name, None)
+    for what, them in (("lacks", list(missing)), ("has unexpected", unexpected)):
+        if them:
+            raise ValueError(f"the checkpoint {files[0].parent} {what} {len(them)} tensors: {', '.join(them[:4])}{', ...' * (len(them) > 4)}")
+
+
+def read_tensors(file: Path):
+    """Yields (name, tensor) of a safetensors file, or of a pytorch_model.bin without running the code it may hold."""
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    yield name, tensors.get_tensor(name)
+        else:
+            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+    except (SafetensorError, RuntimeError, EOFError, AttributeError, UnpicklingError) as error:
+        raise ValueError(f"{file} is corrupt, cut off, or holds more than tensors: {first_line(error)}") from None
+
+
+def weight_files(name: str) -> list[Path]:
+    """The checkpoint's weights: one file, or the shards that an index names; safetensors before pickles."""
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        try:
+            return [fetch(name, file)]
+        except MissingFile:
+            pass
+        try:
+            index = fetch(name, file + ".index.json")
+        except MissingFile as error:
+            absent = error
+            continue
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} has no weight_map that names the shards")
+        return [fetch(name, shard) for shard in sorted(set(shards.values()))]
+    raise ValueError(f"{name}: no weights (model.safetensors or pytorch_model.bin, whole or sharded): {absent}")
+
+
+class MissingFile(ValueError):
+    """A checkpoint has no such file."""
+
+
+def fetch(name: str, file: str) -> Path:
+    """The path of one file of a checkpoint, downloaded where the name is a repository. MissingFile, or ValueError for all else."""
+    name = SHORT_NAMES.get(name, name)
+    if Path(name).is_dir():
+        if not (Path(name) / file).is_file():
+            raise MissingFile(f"{name} has no file {file}")
+        return Path(name) / file
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise ValueError(f"unknown model {name!r}: give one of {', '.join(SHORT_NAMES)}, a Hub repository owner/name, or a directory")
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except errors.GatedRepoError:
+        raise ValueError(f"{name} is gated: accept its terms on its Hub page, then log in with `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(f"{name} is no directory here and no repository on the Hub, or a private one: `hf auth login` opens your own") from None
+    except errors.LocalEntryNotFoundError:
+        raise MissingFile(f"{file} of {name} is not in the cache and the Hub cannot be reached: check the network, or give a directory") from None
+    except errors.EntryNotFoundError:
+        raise MissingFile(f"the repository {name} has no file {file}") from None
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise ValueError(f"downloading {file} of {name} failed: {first_line(error)}") from None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,195 @@
+"""Relevance patching (RelP), attribution patching (AtP) and activation patching (AP), in plain PyTorch.
+
+Which parts of a model make it say one thing (on the original prompt) rather than another (on the patch prompt)?
+AP answers by intervention: it writes a node's activation from the patch run into the original run and looks at what
+that does to a metric,
+
+    c(node) = metric(original run | node <- node(x_patch)) - metric(original run)                           (Eq. 1)
+
+one run per node. AtP and RelP predict the same number for all nodes at once, from two forward passes and one backward:
+
+    score(node) = (node(x_patch) - node(x_original)) . rho(node)            summed over the hidden dimension
+
+    AtP    rho is the gradient of the metric on the original run                                            (Eq. 2)
+    RelP   rho is LRP's propagation coefficient: the gradient of the same run with Table 1's rules on       (Eq. 3)
+
+Direction, everywhere: patch activations go into the original run, rho is taken on the original run, and a score is
+metric(patched) - metric(original). So a node that carries the original answer has a negative logit_diff score.
+
+    paper                       here
+    x_original, x_patch         original, patch: token ids [batch, pos], equal length within a pair
+    M, do(n <- n(x_patch))      model, hook
+    L                           metric(logits [batch, vocab], answers [batch, 2]) -> [batch]
+    n(x)                        a node's activation at one layer and position
+    rho                         rho
+    c, c_AtP, c_RelP            the results: {node name: [batch, layer, pos]}, one score per prompt pair
+
+The model is models.Transformer, or anything with its methods stream, block and unembed. Only torch is imported.
+"""
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------
+# Metrics: logits [batch, vocab] at the last position, answers [batch, 2] (the original's, the patch's) -> [batch]
+
+
+def logit_diff(logits: Tensor, answers: Tensor) -> Tensor:
+    """Logit of the original's answer minus logit of the patch's answer."""
+    right, wrong = logits.gather(-1, answers).unbind(-1)
+    return right - wrong
+
+
+def prob_diff(logits: Tensor, answers: Tensor) -> Tensor:
+    """Probability of the original's answer minus probability of the patch's answer."""
+    return logit_diff(logits.softmax(-1), answers)
+
+
+def logprob_diff(logits: Tensor, answers: Tensor) -> Tensor:
+    """Difference of the two log-probabilities. The normaliser cancels, so it equals logit_diff up to rounding."""
+    return logit_diff(logits.log_softmax(-1), answers)
+
+
+METRICS = {"logit_diff": logit_diff, "prob_diff": prob_diff, "logprob_diff": logprob_diff}
+
+
+def read_out(model, stream: Tensor, answers: Tensor, metric=logit_diff, lrp=False) -> Tensor:
+    """The metric [batch] at the last position of the final residual stream [batch, pos, d_model]."""
+    columns = None
+    if metric is logit_diff:  # needs no logits but the answers'
+        columns, answers = answers.unique(return_inverse=True)
+    return metric(model.unembed(stream[:, -1], lrp, columns), answers)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# AtP and RelP
+
+
+def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False) -> tuple[Tensor, dict]:
+    """One forward pass: the final residual stream, and the nodes' activations {(name, layer): [batch, pos, ...]}.
+
+    With grad, autograd can reach every one of them although no weight asks for a gradient.
+    """
+    kept = {}
+
+    def hook(name, layer, value):
+        if grad and not value.requires_grad:
+            value = value.detach().requires_grad_()
+        if name in nodes:
+            kept[name, layer] = value
+        return value
+
+    with torch.set_grad_enabled(grad):
+        return model.stream(tokens, lrp, hook), kept
+
+
+def attribute(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, lrp=False) -> dict[str, Tensor]:
+    """AtP (lrp=False, Eq. 2) or RelP (lrp=True: the paper's rules, or a set of rules; Eq. 3).
+
+    original, patch [batch, pos] and answers [batch, 2] are token ids. Returns {node: [batch, layer, pos]} in float32 or
+    better, in the metric's unit. Two forward passes, one backward pass, no gradient of any weight.
+    """
+    check(model, original, patch, answers, nodes)
+    _, patch_acts = record(model, patch, nodes)
+    stream, acts = record(model, original, nodes, lrp, grad=True)
+    with torch.enable_grad():
+        value = read_out(model, stream, answers, metric, lrp).sum()  # prompts are independent: one backward serves all
+    rho = dict(zip(acts, torch.autograd.grad(value, list(acts.values()), allow_unused=True)))
+    none = torch.zeros(original.shape, device=original.device)  # no path from the node to the metric
+    score = {key: none if rho[key] is None else dot(difference(acts[key], patch_acts[key]), rho[key]) for key in acts}
+    return by_layer(score, nodes)
+
+
+def difference(original: Tensor, patch: Tensor) -> Tensor:
+    """node(x_patch) - node(x_original), in float32 or better."""
+    dtype = torch.promote_types(original.dtype, torch.float32)
+    return patch.detach().to(dtype) - original.detach().to(dtype)
+
+
+def dot(delta: Tensor, rho: Tensor) -> Tensor:
+    """delta . rho over everything behind batch and pos."""
+    return (delta * rho).flatten(2).sum(-1)
+
+
+def by_layer(values: dict, nodes) -> dict[str, Tensor]:
+    """{(name, layer): [batch, pos]} -> {name: [batch, layer, pos]}"""
+    return {name: torch.stack([v for (n, _), v in values.items() if n == name], dim=1) for name in nodes}
+
+
+def check(model, original, patch, answers, nodes) -> None:
+    if original.shape != patch.shape:
+        raise ValueError(f"original and patch must have one shape, got {list(original.shape)} and {list(patch.shape)}")
+    if answers.shape != (len(original), 2):
+        raise ValueError(f"answers must have the shape [{len(original)}, 2], got {list(answers.shape)}")
+    if unknown := [name for name in nodes if name not in model.nodes]:
+        raise ValueError(f"unknown node {unknown[0]!r}: this model has {', '.join(model.nodes)}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# AP
+
+
+@torch.no_grad()
+def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, rows=512, progress=None) -> dict[str, Tensor]:
+    """AP (Eq. 1), exact: one (layer, position) of one node at a time, from the patch run into the original run.
+
+    A patch at (layer, pos) changes nothing before that layer and nothing before that position. So a patched run is the
+    original run *resumed*: its residual stream from pos on, edited at pos, goes on from that layer, while attention
+    reads the keys and values of the positions before from the original run. For one position, we walk down the layers
+    once; at each, the patches of that layer join those that are already under way. Where the two runs agree the effect
+    is 0 and nothing is run.
+
+    Arguments and result as in attribute(); `nodes` may be any whose patch changes one position of the stream behind
+    the block (all but k, v and pattern). rows: how many patched runs go through a block together. progress(n) is
+    called as n (row, block) steps are done.
+    """
+    check(model, original, patch, answers, nodes)
+    if several := [name for name in nodes if name in ("k", "v", "pattern")]:
+        raise ValueError(f"activation patching has no node {several[0]!r}: choose from {', '.join(n for n in model.nodes if n not in ('k', 'v', 'pattern'))}")
+    final, acts = record(model, original, {"resid_pre", "k", "v", *nodes})
+    _, patch_acts = record(model, patch, nodes)
+    base = read_out(model, final, answers, metric)
+    n_layers, n_pos = model.config.n_layers, original.shape[1]
+    streams = [acts["resid_pre", layer] for layer in range(n_layers)] + [final]
+    effect = {key: base.new_zeros(original.shape) for key in patch_acts}
+    differs = {key: (difference(acts[key], patch_acts[key]) != 0).flatten(2).any(-1) for key in patch_acts}
+
+    def resumed(prompts, pos, name=None):
+        """The hook of original runs resumed at pos, the node `name` at pos coming from the patch runs."""
+
+        def hook(node, layer, value):
+            if node == name:
+                return patch_acts[name, layer][prompts, pos : pos + 1]
+            if node in ("k", "v"):
+                return torch.cat([acts[node, layer][prompts, :pos], value], dim=1)
+            return value
+
+        return hook
+
+    def stream_with(name, layer, pos, prompts):
+        """The streams from pos on into which this patch has been written: ahead of its layer for resid_pre, else behind it."""
+        if name == "resid_pre":
+            stream, edited = streams[layer], patch_acts[name, layer][prompts, pos : pos + 1]
+        else:  # within its own layer the patch changes the stream at pos alone
+            stream, edited = streams[layer + 1], streams[layer][prompts, pos : pos + 1]
+            edited = model.block(layer, edited, hook=resumed(prompts, pos, name), start=pos)
+        return torch.cat([edited, stream[prompts, pos + 1 :]], dim=1)
+
+    for pos in range(n_pos):
+        patches, prompts, x = [], original.new_zeros(0), final[:0, pos:]  # under way: which, on which prompts, their streams
+        for layer in range(n_layers + 1):
+            for name in nodes:
+                key = (name, layer if name == "resid_pre" else layer - 1)  # the patches that enter the stream here
+                if key in patch_acts and (layer < n_layers or pos == n_pos - 1):  # behind the last block, only the last position is read
+                    where = differs[key][:, pos].nonzero()[:, 0]
+                    patches.append((key, where))
+                    prompts, x = torch.cat([prompts, where]), torch.cat([x, stream_with(*key, pos, where)])
+            if layer < n_layers and len(x):
+                step = lambda part, who: model.block(layer, part, hook=resumed(who, pos), start=pos, last=layer == n_layers - 1)
+                x = torch.cat([step(part, who) for part, who in zip(x.split(rows), prompts.split(rows))])
+                if progress:
+                    progress(len(x))
+        if len(x):
+            change = read_out(model, x, answers[prompts], metric) - base[prompts]
+            for (key, where), c in zip(patches, change.split([len(where) for _, where in patches])):
+                effect[key][where, pos] = c
+    return by_layer(effect, nodes)

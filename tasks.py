@@ -1,0 +1,252 @@
+"""Prompt pairs: the IOI templates of the paper's Table 2, and pairs read from JSON-lines files.
+
+Activations of the patch prompt go into the run on the original prompt, so the two prompts of a pair
+must line up token for token. What does not line up is refused here, with the prompt named.
+
+A tokenizer here is anything with `encode(str) -> list[int]` (which never adds a BOS),
+`decode(list[int]) -> str` and `bos_id` (int or None); to read files, `n_vocab` too.
+"""
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+# The most common words first. All are single tokens in GPT-2 and Pythia; for another tokenizer,
+# `ioi` drops those that are not. Objects begin with a consonant, since the templates say "a".
+NAMES = """
+John Mary James David Michael Robert William Richard Thomas Charles Daniel Matthew Anthony Mark Paul Steven Andrew
+Kevin Brian George Edward Jason Ryan Jacob Eric Sarah Jennifer Elizabeth Jessica Anna Emily Laura Emma Lisa Amy
+Rachel Kate Alice Jane Martin Peter Simon Adam Alex Tom Tim Jack Joe Sam Ben Dan Bob Bill Jim Mike Steve Chris Matt
+Nick Greg Scott Jeff Josh Justin Aaron Nathan Patrick Sean Stephen Christopher Joseph Samuel Benjamin Jonathan
+Nicholas Alexander Henry Frank Arthur Albert Walter Roger Ralph Carl Howard Harry Oliver Philip Douglas Gary Larry
+Jerry Dennis Keith Alan Bruce Craig Ian Luke Max Leo Oscar Victor Vincent Louis Maria Susan Linda Karen Nancy Helen
+Margaret Ruth Julia Julie Victoria Rebecca Michelle Amanda Melissa Stephanie Nicole Christine Katherine Heather Diana
+Claire Charlotte Sophie Lucy Rose Marie Angela
+""".split()
+
+PLACES = """
+store school park house office hospital library station restaurant church garden beach market bank museum hotel
+theater airport farm zoo gym stadium factory bar cafe mall lake river island bridge castle temple studio shop garage
+kitchen prison court palace forest village party camp clinic
+""".split()
+
+OBJECTS = """
+book ball drink letter ring phone card gift key picture watch hat bottle computer ticket kiss
+bag box cup knife lamp coat shirt map pen camera guitar flower basket cake sandwich coin candle necklace bone
+snack toy bike blanket plate jacket mirror pencil
+""".split()
+
+# Table 2, without the final [A], which is the answer. B is named twice; S2 is its second mention.
+TEMPLATES = (
+    "Then, [B1] and [A] went to the [PLACE]. [S2] gave a [OBJECT] to",
+    "When, [B1] and [A] went to the [PLACE]. [S2] gave a [OBJECT] to",
+    "After [B1] and [A] went to the [PLACE], [S2] gave a [OBJECT] to",
+)
+
+# What the patch prompt has in place of the original's names B, A and B again. The answer becomes B.
+CORRUPTIONS = {
+    "swap": lambda b, a: {"B1": a, "A": b, "S2": a},  # the two names exchanged everywhere (Section 5.1)
+    "s2": lambda b, a: {"B1": b, "A": a, "S2": a},    # only the second mention changed
+}
+
+# Fields of a line: our name, and the name in the feature-circuits data (their "clean" is our original).
+FIELDS = {"original": "clean_prefix", "patch": "patch_prefix",
+          "original_answer": "clean_answer", "patch_answer": "patch_answer"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two prompts of equal length, and the next token that each calls for."""
+    original: tuple[int, ...]  # token ids, BOS included
+    patch: tuple[int, ...]     # same length
+    answers: tuple[int, int]   # (the original's answer, the patch's answer)
+    roles: tuple[str, ...]     # one label per position, for figures
+    group: str                 # pairs of one group have the same length and, from `ioi`, the same roles
+
+
+def by_group(pairs):
+    """The indices of `pairs` by group, as dict[str, list[int]]; groups in order of appearance."""
+    groups = {}
+    for i, pair in enumerate(pairs):
+        groups.setdefault(pair.group, []).append(i)
+    return groups
+
+
+def _bos(tokenizer, bos):
+    if bos and tokenizer.bos_id is None:
+        raise ValueError("this tokenizer has no BOS token; use bos=False (on the command line: --no-bos)")
+    return [tokenizer.bos_id] if bos else []
+
+
+# ----------------------------------------------------------------------------------------------
+# Indirect object identification
+
+def _one_token(tokenizer, words):
+    """Those of `words` that are one token after a space. An unknown-word token does not decode to the word."""
+    ids = {word: tokenizer.encode(" " + word) for word in words}
+    return [word for word in words if len(ids[word]) == 1 and tokenizer.decode(ids[word]).strip() == word]
+
+
+def _fill(tokenizer, template, words):
+    """Token ids and roles of a template whose slots are filled from `words` (slot name -> word)."""
+    ids, roles, text = [], [], ""
+    for piece in re.findall(r" ?\[\w+\]| ?\w+|[.,]", template):
+        role = piece.strip(" []")
+        if "[" in piece:
+            piece = " " + words[role]
+        tokens = tokenizer.encode(piece)
+        ids += tokens
+        roles += [role] * len(tokens)  # a template word of several tokens repeats its role
+        text += piece
+    if ids != tokenizer.encode(text):
+        raise ValueError(f"this tokenizer encodes {text!r} differently from its words one by one, "
+                         "so that its positions cannot be given roles; use prompts from a file")
+    return ids, roles[:-1] + ["END"]
+
+
+def ioi(tokenizer, n=100, seed=0, corruption="swap", bos=True):
+    """`n` different pairs for indirect object identification (paper, Section 5.1 and Table 2).
+
+    Original: "Then, B and A went to the PLACE. B gave a OBJECT to", answer " A"; the patch's answer is " B".
+    Pair i uses template i % 3 and belongs to the group "template 1", "template 2" or "template 3". All
+    pairs of a group have the same roles: BOS, B1, A, PLACE, S2 (the second mention of B), OBJECT, END (the
+    last position), and each other token of the template is its own role. Words are drawn by
+    random.Random(seed), from those that the tokenizer keeps as one token.
+
+    corruption: "swap" exchanges the names everywhere in the patch prompt; "s2" changes the second mention only.
+    bos: begin each prompt with the tokenizer's BOS token.
+    Returns list[Pair]. Raises ValueError if n < 1 or larger than the words allow, on an unknown corruption,
+    if bos is asked of a tokenizer without one, or if the tokenizer splits or merges the words so that
+    no pair can be made.
+    """
+    if corruption not in CORRUPTIONS:
+        raise ValueError(f"unknown corruption {corruption!r}; allowed: {', '.join(CORRUPTIONS)}")
+    start = _bos(tokenizer, bos)
+    names, places, objects = (_one_token(tokenizer, words) for words in (NAMES, PLACES, OBJECTS))
+    if len(names) < 2 or not places or not objects:
+        raise ValueError("IOI needs two names, a place and an object that are one token each after a space; this "
+                         f"tokenizer keeps {len(names)} of {len(NAMES)} names, {len(places)} of {len(PLACES)} places "
+                         f"and {len(objects)} of {len(OBJECTS)} objects")
+    most = len(TEMPLATES) * len(names) * (len(names) - 1) * len(places) * len(objects)
+    if not 1 <= n <= most:
+        raise ValueError(f"n must be from 1 to {most}, the number of different IOI pairs; got {n}")
+
+    rng = random.Random(seed)
+    pairs, seen = [], set()
+    while len(pairs) < n:
+        t = len(pairs) % len(TEMPLATES)
+        b, a = rng.sample(names, 2)
+        rest = {"PLACE": rng.choice(places), "OBJECT": rng.choice(objects)}
+        draw = (t, b, a, *rest.values())
+        if draw in seen:
+            continue
+        seen.add(draw)
+        original, roles = _fill(tokenizer, TEMPLATES[t], {"B1": b, "A": a, "S2": b, **rest})
+        patch, _ = _fill(tokenizer, TEMPLATES[t], {**CORRUPTIONS[corruption](b, a), **rest})
+        answers = tokenizer.encode(" " + a) + tokenizer.encode(" " + b)
+        roles = ["BOS"] * len(start) + roles
+        pairs.append(Pair(tuple(start + original), tuple(start + patch), tuple(answers), tuple(roles),
+                          f"template {t + 1}"))
+    return pairs
+
+
+# ----------------------------------------------------------------------------------------------
+# Pairs from a file
+
+def _labels(ids, tokenizer):
+    """One string per id. A model's vocabulary may be padded beyond its tokenizer's, which then cannot decode."""
+    return [str(i) if tokenizer is None or i >= tokenizer.n_vocab else tokenizer.decode([i]) for i in ids]
+
+
+def _show(ids, tokenizer):
+    return f"{len(ids)} {'token' if len(ids) == 1 else 'tokens'} {_labels(ids, tokenizer)}"
+
+
+def _ids(name, value, tokenizer, n_vocab):
+    """The token ids of one field; `name` is for the error."""
+    if isinstance(value, str):
+        if tokenizer is None:
+            raise ValueError(f"{name} is the string {value!r}, which needs a tokenizer; without one, give token ids")
+        value = tokenizer.encode(value)
+    if not isinstance(value, list):
+        raise ValueError(f"{name} must be a string or token ids; got {value!r}")
+    for i in value:
+        if type(i) is not int or i < 0 or (n_vocab is not None and i >= n_vocab):  # a bool is no id
+            allowed = "0 or more" if n_vocab is None else f"from 0 to {n_vocab - 1}"
+            raise ValueError(f"{name}: a token id must be an integer, {allowed}; got {i!r} in {value}")
+    if not value:
+        raise ValueError(f"{name} is empty; it needs at least one token")
+    return value
+
+
+def _pair(line, tokenizer, bos, n_vocab):
+    """One line of a file as a Pair. Raises ValueError without the place, which `read_pairs` adds."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))  # -sig: a byte-order mark is no part of the JSON
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8: {e.reason} at byte {e.start}") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not JSON: {e.msg} at column {e.colno}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"must be a JSON object; got {record!r}")
+    values = {}
+    for ours, theirs in FIELDS.items():
+        key = ours if ours in record else theirs
+        if key not in record:
+            raise ValueError(f"no field {ours!r}" + (f" (or {theirs!r})" if theirs != ours else ""))
+        values[ours] = record[key]
+        if "answer" in ours and type(record[key]) is int:
+            values[ours] = [record[key]]
+    if isinstance(values["original"], str) != isinstance(values["patch"], str):
+        raise ValueError("original and patch must be both strings or both lists of token ids; got "
+                         f"{values['original']!r} and {values['patch']!r}")
+
+    original, patch, *answers = (_ids(name, value, tokenizer, n_vocab) for name, value in values.items())
+    if len(original) != len(patch):
+        raise ValueError("original and patch must have equally many tokens; original is "
+                         f"{_show(original, tokenizer)}, patch is {_show(patch, tokenizer)}")
+    if original == patch:
+        raise ValueError(f"original and patch must differ; both are {_show(original, tokenizer)}")
+    for name, answer in zip(("original_answer", "patch_answer"), answers):
+        if len(answer) != 1:
+            raise ValueError(f"{name} must be one token (most words need their leading space); "
+                             f"it is {_show(answer, tokenizer)}")
+    if answers[0] == answers[1]:
+        raise ValueError(f"original_answer and patch_answer must differ; both are {_show(answers[0], tokenizer)}")
+
+    start = _bos(tokenizer, bos) if isinstance(values["original"], str) else []
+    roles = ["BOS"] * len(start) + _labels(original, tokenizer)
+    return Pair(tuple(start + original), tuple(start + patch), (answers[0][0], answers[1][0]), tuple(roles),
+                f"length {len(roles)}")
+
+
+def read_pairs(path, tokenizer=None, bos=True, n_vocab=None):
+    """Prompt pairs from a file of JSON lines, such as the subject-verb agreement data of feature-circuits.
+
+    Each line is an object with the fields `original, patch, original_answer, patch_answer`, or under their
+    feature-circuits names `clean_prefix, patch_prefix, clean_answer, patch_answer`. Other fields and blank lines
+    are skipped. A prompt is a string or a list of token ids; an answer is a string, one id, or a list of one id.
+    Strings are encoded as they stand (an answer with its leading space) and need `tokenizer`; with `bos`, string
+    prompts begin with its BOS. Prompts of ids are used as given, without a BOS.
+
+    n_vocab: if given, the size of the model's vocabulary, against which every id is checked.
+    Returns list[Pair]. A pair's group is "length N", N counting the BOS; its roles are the original's tokens,
+    decoded where there is a tokenizer, so that they differ within a group.
+    Raises ValueError, with file and line, for whatever is not such a pair: prompts of unequal length or equal
+    prompts, answers that are equal or not one token, ids out of range, a missing field, text that is not JSON.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()  # bytes: str.splitlines also splits at U+2028
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be read: {e.strerror}") from None
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                pairs.append(_pair(line, tokenizer, bos, n_vocab))
+            except ValueError as e:
+                raise ValueError(f"{path}, line {number}: {e}") from None
+    if not pairs:
+        raise ValueError(f"{path}: no pairs; each line must be a JSON object with the fields {', '.join(FIELDS)}")
+    return pairs

@@ -1,0 +1,75 @@
+"""Tiny random checkpoints of every family, made with transformers and written to disk as a user's would be."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the models are tiny: threads would only get in each other's way
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+VOCAB = 97
+LLAMA = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=64, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+)  # fmt: skip
+NEOX = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
+    bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+GPT2 = dict(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1)
+LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=5e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+
+CHECKPOINTS = {  # name: (class of transformers' configuration, its fields)
+    "gpt2": ("GPT2Config", GPT2),
+    "gpt2-gelu-inner": ("GPT2Config", {**GPT2, "activation_function": "gelu", "n_inner": 40}),
+    "gpt2-untied": ("GPT2Config", {**GPT2, "tie_word_embeddings": False}),
+    "neox": ("GPTNeoXConfig", NEOX),
+    "neox-sequential": ("GPTNeoXConfig", {**NEOX, "use_parallel_residual": False, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}}),
+    "neox-tied-half-rotary": ("GPTNeoXConfig", {**NEOX, "tie_word_embeddings": True, "attention_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "qwen2": ("Qwen2Config", LLAMA),
+    "qwen2-mha-tied-window": ("Qwen2Config", {**LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "gemma2": ("Gemma2Config", {**LLAMA, "head_dim": 12, "query_pre_attn_scalar": 7, "sliding_window": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2-mha-no-caps": ("Gemma2Config", {**LLAMA, "num_key_value_heads": 4, "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "llama": ("LlamaConfig", LLAMA),
+    "llama3": ("LlamaConfig", {**LLAMA, "tie_word_embeddings": True, "head_dim": 16, "rope_parameters": LLAMA3_ROPE}),
+    "llama-biased": ("LlamaConfig", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
+}  # fmt: skip
+FAMILIES = ["gpt2", "neox", "neox-sequential", "qwen2", "gemma2", "llama"]  # one checkpoint for each data flow
+
+
+def hf_model(name: str):
+    """transformers' model with random weights, large enough that activations and softmax are far from linear."""
+    import transformers
+
+    kind, fields = CHECKPOINTS[name]
+    config = getattr(transformers, kind)(**fields)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.normal_(std=0.3 if p.ndim > 1 else 0.2)
+            if p.ndim == 1 and "norm" in n + ("norm" if "ln_" in n else "") and n.endswith("weight") and "gemma2" not in name:
+                p.add_(1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(name) -> (directory in Hugging Face layout, transformers' model), each made once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model, path = hf_model(name), tmp_path_factory.mktemp(name)
+            model.save_pretrained(path)
+            made[name] = path, model
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(2, VOCAB, (3, 11), generator=torch.Generator().manual_seed(1))

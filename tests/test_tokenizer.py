@@ -1,0 +1,356 @@
+"""models.Tokenizer against the `tokenizers` package, id for id.
+
+GPT-2's and GPT-NeoX's published files are used where they lie beside the repository. The other kinds (Qwen2, Llama 3,
+Gemma, Llama 2) are trained here, small, on made-up text of the same sort as they are then compared on.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Reference
+
+from models import Tokenizer
+
+PUBLISHED = Path(__file__).parents[2] / "shared" / "tokenizers"
+CONTRACTION, REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2_PATTERN = CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + REST
+LLAMA3_PATTERN = CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + REST
+END = "<|endoftext|>"
+
+FRAGMENTS = """
+When Mary and John went to the store§, John gave a drink to§The keys that the man near the cabinet holds§are§is§haha
+don't§I'LL§we've§they'd§she's§IT'S§o'clock§'tis§rock'n'roll§naïve café§def f(x, *, y=0):§return {'a': [1, 2]}§banana
+if (a<=b && !c) { i++; }§// comment§/* x */§#include <stdio.h>§https://example.org/a?b=c&d=%20e§snake_case§CamelCase
+Привет, мир§сегодня§你好，世界§今天天气很好§日本語のテスト§مرحبا بالعالم§नमस्ते दुनिया§क्षत्रिय§สวัสดีชาวโลก§한국어§שלום§Ελληνικά
+😀§👩‍👩‍👧‍👦§🏳️‍🌈§👍🏽§🇫🇷§❤️§∑∂√∞§≠§½§٣٤٥§Ⅷ§１２３§0§7§42§1984§123456789§3.14159§1,000,000§$5.00§50%§…§—§“quoted”§'§"
+e\u0301§n\u0303o§a\u030a§\u1112\u1161\u11ab§o\u0302\u0301§A\u030a\u212b§\u0e33§ﬁ§ſ'ſ§K'ſ§\u200b§\u00a0§\u3000§\u2028§\x85§\x00§\x7f§\ufeff§aaaa
+\U00010348§\U0001f9ff§▁§a▁b§<0x0A>§<0xE2>§<|endoftext|>§<|padding|>§<bos>§<s>§<|im_start|>user§<unk>§zqx§ qzqzq§qzqzqs
+""".strip("\n").replace("\n", "§").split("§")
+GAPS = [" "] * 8 + ["", "", "  ", "   ", "\n", "\n\n", "\t", "\t\t", " \n", "\r\n", "\n    "]
+
+
+def made_up_lines(n: int, seed: int) -> list[str]:
+    """Lines of fragments, words of random letters, and runs of spaces of up to 40."""
+    rng = random.Random(seed)
+    lines = []
+    for _ in range(n):
+        line = rng.choice(["", "", "", " ", "\n"])
+        for _ in range(rng.randint(1, 8)):
+            word = "".join(rng.choices("etaoinshrdluETAOé", k=rng.randint(1, 9)))
+            line += rng.choice([word, *rng.choices(FRAGMENTS, k=3)]) + rng.choice(GAPS + [" " * rng.randint(2, 40)])
+        lines.append(line)
+    return lines
+
+
+def differences(reference: Reference, ours: Tokenizer, lines: list[str]) -> list[tuple]:
+    expected = reference.encode_batch(lines, add_special_tokens=False)
+    return [(x, e.ids, ours.encode(x)) for x, e in zip(lines, expected) if e.ids != ours.encode(x)]
+
+
+def save(directory: Path, **contents) -> dict[str, Path]:
+    """Writes `name=content` as name.json; returns what `from_files` takes."""
+    for name, content in contents.items():
+        (directory / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return {f"{name}.json": directory / f"{name}.json" for name in contents}
+
+
+def both(spec: dict, directory: Path) -> tuple[Reference, Tokenizer]:
+    return Reference.from_str(json.dumps(spec)), Tokenizer.from_files(save(directory, tokenizer=spec))
+
+
+# ---- the published tokenizers
+
+
+@pytest.fixture(scope="module", params=["gpt2", "gpt-neox-20b"])
+def published(request):
+    folder = PUBLISHED / request.param
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    if request.param == "gpt2":
+        reference = Reference(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+        reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        reference.add_special_tokens([END])
+    else:
+        reference = Reference.from_file(str(folder / "tokenizer.json"))
+    return reference, Tokenizer.from_files({p.name: p for p in folder.iterdir()})
+
+
+def test_published_tokenizers_give_the_same_ids(published):
+    assert not differences(*published, made_up_lines(4000, seed=1))
+
+
+def test_published_tokenizers_agree_on_each_entry_of_their_vocabulary(published):
+    reference, ours = published
+    texts = [ours.decode([i]) for i in range(ours.n_vocab)]
+    assert not differences(reference, ours, texts + [f"a{text}b" for text in texts])
+    assert reference.get_vocab_size() == ours.n_vocab and ours.bos_id == reference.token_to_id(END)
+
+
+def test_published_gpt2_by_heart():
+    if not (PUBLISHED / "gpt2").is_dir():
+        pytest.skip(f"{PUBLISHED / 'gpt2'} is not there")
+    ours = Tokenizer.from_files({p.name: p for p in (PUBLISHED / "gpt2").iterdir()})
+    assert ours.encode("Hello world" + END) == [15496, 995, 50256] and ours.bos_id == 50256 and ours.n_vocab == 50257
+    assert [ours.decode([i]) for i in (15496, 995, 50256, 0xE2 - 100)] == ["Hello", " world", END, "�"]
+
+
+# ---- small tokenizers of each kind, as the dict that their tokenizer.json holds
+
+GPT2_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def isolate(pattern: str):
+    """The pre-tokenizer of Qwen2 and Llama 3."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
+
+
+def train(pre_tokenizer, normalizer=None, **options) -> dict:
+    """The spec of a BPE tokenizer trained on made-up text (in which nothing holds "zq")."""
+    reference = Reference(models.BPE())
+    reference.pre_tokenizer = pre_tokenizer
+    if normalizer:
+        reference.normalizer = normalizer
+    trainer = trainers.BpeTrainer(vocab_size=1500, show_progress=False, **options)
+    reference.train_from_iterator((x.replace("zq", "") for x in made_up_lines(1500, seed=2)), trainer)
+    return json.loads(reference.to_str())
+
+
+def train_byte_level(pre_tokenizer, normalizer=None) -> dict:
+    return train(pre_tokenizer, normalizer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+
+def number(spec: dict, tokens: list[str], special: tuple[str, ...]) -> dict:
+    """Gives the tokens ids in random order, which say nothing about the order of merges, and then the special ones."""
+    tokens = tokens[:]
+    random.Random(3).shuffle(tokens)
+    spec["model"]["vocab"] = {token: i for i, token in enumerate(tokens)}
+    spec["added_tokens"] = [added_token(token, len(tokens) + i) for i, token in enumerate(special)]
+    return spec
+
+
+def added_token(content: str, i: int, special=True, **flags) -> dict:
+    off = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    return dict(id=i, content=content, special=special) | off | flags
+
+
+def all_pairs(tokens: list[str], rank: dict[str, int], by_length: bool) -> list[tuple[str, str]]:
+    """Every pair that makes a token, in the order in which `transformers` lists them when it converts a vocabulary."""
+    pairs = [(t[:i], t[i:]) for t in tokens for i in range(1, len(t)) if t[:i] in rank and t[i:] in rank]
+    if by_length:  # SentencePiece, with scores
+        return sorted(pairs, key=lambda p: (rank[p[0] + p[1]], -len(p[0]), -len(p[1])))
+    return sorted(pairs, key=lambda p: (rank[p[0] + p[1]], rank[p[0]], rank[p[1]]))
+
+
+def qwen2_kind() -> dict:
+    spec = train_byte_level(isolate(QWEN2_PATTERN), normalizers.NFC())
+    return number(spec, [*spec["model"]["vocab"], "zqx", "Ġzqx"], (END, "<|im_start|>"))  # no merge leads to zqx
+
+
+def llama3_kind(pairs: bool) -> dict:
+    spec = train_byte_level(isolate(LLAMA3_PATTERN))
+    tokens = [*spec["model"]["vocab"], "Ġqzqzq"]  # no two tokens make this one
+    if pairs:
+        spec["model"]["merges"] = all_pairs(tokens, {t: i for i, t in enumerate(tokens)}, by_length=False)
+    spec["model"]["ignore_merges"] = True
+    return number(spec, tokens, ("<|begin_of_text|>", "<|end_of_text|>"))
+
+
+def sentencepiece_kind(order: str) -> dict:
+    """Gemma's, or Llama 2's, whose text starts with "▁". Characters outside the 150 commonest are not in it."""
+    word_starts = pre_tokenizers.Split("▁", "merged_with_next")
+    spec = train(word_starts, normalizers.Replace(" ", "▁"), limit_alphabet=150)
+    merges = [tuple(merge) for merge in spec["model"]["merges"]]
+    runs = [c * n for c in "▁\n" for n in range(2, 32)]  # Gemma's own entries, each with every pair and one score
+    tokens = [*runs, *(t for t in spec["model"]["vocab"] if t not in runs)]
+    rank = {t: max(0, i - len(runs)) if order == "by length" else i for i, t in enumerate(tokens)}
+    if order == "trained":
+        merges = all_pairs(runs, rank, by_length=False) + [m for m in merges if m[0] + m[1] not in runs]
+    else:
+        merges = all_pairs(tokens, rank, by_length=order == "by length")
+    spec["model"] |= dict(byte_fallback=True, fuse_unk=True, unk_token="<unk>", merges=[" ".join(m) for m in merges])
+    byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
+    number(spec, [*tokens, *byte_tokens, "<unk>"], ("<bos>", "<eos>", "<s>", "<|im_start|>"))
+    if order != "trained":  # as in Gemma's file
+        spec["model"]["vocab"]["\t"] = spec["model"]["vocab"]["<0x09>"]
+    spec["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    spec["added_tokens"].append(added_token("<unk>", spec["model"]["vocab"]["<unk>"]))
+    return spec
+
+
+def llama2_kind() -> dict:
+    spec = sentencepiece_kind("by id")
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    steps = [{"type": "Prepend", "prepend": "▁"}, replace]
+    spec |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    spec["model"]["merges"] = [merge.split(" ") for merge in spec["model"]["merges"]]
+    return spec
+
+
+KINDS = {
+    "gpt2": lambda: number(spec := train_byte_level(GPT2_SPLIT), [*spec["model"]["vocab"]], (END,)),
+    "qwen2": qwen2_kind,
+    "llama3": lambda: llama3_kind(pairs=True),
+    "llama3, merges as trained": lambda: llama3_kind(pairs=False),
+    "gemma, merges as trained": lambda: sentencepiece_kind("trained"),
+    "gemma, all pairs by length": lambda: sentencepiece_kind("by length"),
+    "gemma, all pairs by id": lambda: sentencepiece_kind("by id"),
+    "llama2": llama2_kind,
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, tmp_path_factory):
+    return request.param, *both(KINDS[request.param](), tmp_path_factory.mktemp("kind"))
+
+
+def test_each_kind_gives_the_same_ids(kind):
+    _, reference, ours = kind
+    lines = made_up_lines(2500, seed=4)
+    assert not differences(reference, ours, lines)
+    found = {i for line in lines for i in ours.encode(line)}
+    assert len(found) > 0.7 * ours.n_vocab  # the comparison is of the vocabulary at large, not of a few tokens
+
+
+def test_each_kind_agrees_on_each_entry_of_its_vocabulary(kind):
+    _, reference, ours = kind
+    assert reference.get_vocab_size() in (ours.n_vocab, ours.n_vocab + 1)  # Gemma's "\t" has the id of another token
+    texts = [ours.decode([i]) for i in range(ours.n_vocab)]
+    assert not differences(reference, ours, texts + [f"a{text}b" for text in texts])
+
+
+def test_decode_undoes_encode(kind):
+    import unicodedata
+
+    name, _, ours = kind
+    for line in made_up_lines(300, seed=5):
+        text = unicodedata.normalize("NFC", line) if name == "qwen2" else line
+        if "gemma" in name or name == "llama2":
+            text = text.replace("▁", " ")
+        if name != "llama2":  # which puts a space before all that follows an added token
+            assert ours.decode(ours.encode(line)) == text
+    assert ours.decode([]) == "" and ours.encode("") == []
+    assert isinstance(ours.decode([ours.n_vocab + 7]), str)  # a row that only pads the embedding
+
+
+def test_entries_no_merge_leads_to(tmp_path):
+    for spec, text, whole in ((qwen2_kind(), " zqx", False), (llama3_kind(pairs=True), " qzqzq", True)):
+        reference, ours = both(spec, tmp_path)
+        assert (len(ours.encode(text)) == 1) == whole and len(ours.encode(text + "s")) > 1
+        assert not differences(reference, ours, [text, text + "s", text[1:], "a" + text, text * 2])
+
+
+def test_unknown_characters_fall_back_to_bytes(tmp_path):
+    _, ours = both(sentencepiece_kind("trained"), tmp_path)
+    vocab = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+    for char in "▂\U0001f9ff§":  # the first shares its first two bytes with "▁"
+        ids = ours.encode("a" + char)
+        assert ids[1:] == [vocab[f"<0x{b:02X}>"] for b in char.encode()]
+        assert ours.decode(ids) == "a" + char and "�" in ours.decode(ids[:-1])
+
+
+# ---- added tokens, BOS, files
+
+
+@pytest.mark.parametrize("prefix_space", [False, True])
+def test_flags_of_added_tokens_and_prefix_space(prefix_space, tmp_path):
+    spec = train_byte_level(pre_tokenizers.ByteLevel(add_prefix_space=prefix_space), normalizers.NFC())
+    flags = [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"lstrip": True, "rstrip": True}]
+    contents = [f"<{i}>" for i in range(5)] + ["word", "words", "   ", "<0><1>", "e\u0301t", "n"]
+    n = len(spec["model"]["vocab"])
+    number(spec, [*spec["model"]["vocab"]], ())
+    for i, content in enumerate(contents):
+        chosen = {"single_word": True} if content == "n" else flags[i % 5] if i < 7 else {}
+        spec["added_tokens"].append(added_token(content, n + i, special=i % 2 > 0, normalized=i in (4, 6, 7, 9), **chosen))
+    reference, ours = both(spec, tmp_path)
+    rng = random.Random(6)
+    bits = [*contents, *contents, " ", " ", "    ", "\n", "_", ".", "a", "é", "\u00e9t", "wor", "1"]
+    lines = ["".join(rng.choices(bits, k=rng.randint(1, 9))) for _ in range(3000)]
+    assert not differences(reference, ours, lines + [""])
+
+
+def test_vocab_and_merges_equal_tokenizer_json(tmp_path):
+    spec = train_byte_level(GPT2_SPLIT)
+    number(spec, [*spec["model"]["vocab"], END], ())
+    spec["added_tokens"] = [added_token(END, spec["model"]["vocab"][END])]
+    reference, one_file = both(spec, tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in spec["model"]["merges"]) + "\n")
+    two = save(tmp_path, vocab=spec["model"]["vocab"]) | {"merges.txt": tmp_path / "merges.txt"}
+    two_files, lines = Tokenizer.from_files(two), made_up_lines(500, seed=7)
+    assert not differences(reference, two_files, lines)
+    assert [one_file.encode(x) for x in lines] == [two_files.encode(x) for x in lines]
+    assert one_file.bos_id == two_files.bos_id == spec["model"]["vocab"][END] and one_file.n_vocab == two_files.n_vocab
+    with pytest.raises(ValueError, match="vocab.json: a Qwen2Tokenizer needs tokenizer.json"):
+        Tokenizer.from_files(two | save(tmp_path, tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"}))
+
+
+LETTERS = {"vocab": {chr(c): c - 33 for c in range(33, 127)}, "merges": []}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
+
+
+def plain(*special: str, **changes) -> dict:
+    """The smallest byte-level spec, whose special tokens have the ids from 100 on."""
+    added = [added_token(token, 100 + i) for i, token in enumerate(special)]
+    return {"model": LETTERS, "pre_tokenizer": BYTE_LEVEL, "added_tokens": added} | changes
+
+
+@pytest.mark.parametrize("special, config, bos", [
+    (["<x>", "<y>"], {"bos_token": "<y>", "eos_token": "<x>"}, 101),
+    (["<x>", "<y>"], {"bos_token": {"content": "<y>", "lstrip": False}}, 101),
+    (["<x>", "<y>"], {"bos_token": None, "eos_token": {"content": "<x>"}}, 100),  # Qwen2 has no BOS
+    (["<s>", "<y>"], {"eos_token": "<y>"}, 101),
+    (["<s>", "<y>"], {"bos_token": "<not a token>"}, 100),
+    (["<x>", "<|endoftext|>"], None, 101),
+    (["<eos>", "<bos>"], {}, 101),
+    (["<s>", "</s>"], None, 100),
+    (["<|end_of_text|>", "<|begin_of_text|>"], None, 101),
+    (["<x>"], {"bos_token": None}, None),
+])  # fmt: skip
+def test_bos(special, config, bos, tmp_path):
+    files = save(tmp_path, tokenizer=plain(*special), **({} if config is None else {"tokenizer_config": config}))
+    ours = Tokenizer.from_files(files)
+    assert ours.bos_id == bos and ours.n_vocab == 100 + len(special)
+    assert ours.encode("ab" + special[-1]) == [64, 65, 99 + len(special)]  # and no BOS in front
+
+
+FALLBACK = {"vocab": {"a": 0}, "merges": [], "byte_fallback": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Removed", "invert": False}
+
+
+@pytest.mark.parametrize("contents, message", [
+    ("{", "tokenizer.json: cannot be read as JSON"),
+    ([1], "tokenizer.json: a JSON object was expected, not a list"),
+    ({}, "tokenizer.json: there is no model with a vocabulary"),
+    (plain(model={"type": "BPE", "merges": []}), "tokenizer.json: there is no model with a vocabulary"),
+    (plain(model={"vocab": {"a": 0}}), "model unnamed is not supported: only BPE"),
+    (plain(model={"type": "WordPiece", "vocab": {"a": 0}}), "model WordPiece is not supported: only BPE"),
+    (plain(model={"type": "Unigram", "vocab": [["a", 0.0]]}), "model Unigram is not supported: only BPE"),
+    (plain(model={"type": "WordLevel", "vocab": {"a": 0}}), "model WordLevel is not supported: only BPE"),
+    (plain(model=LETTERS | {"end_of_word_suffix": "</w>"}), "model BPE is not supported: .* word suffix"),
+    (plain(model=LETTERS | {"merges": ["a b"]}), "merge 'a' \\+ 'b' makes no token"),
+    (plain(model=LETTERS | {"merges": ["a b c"]}), "tokenizer.json: merge 'a b c' is not a pair"),
+    (plain(model=FALLBACK, pre_tokenizer=None), "lacks some of the tokens <0x00> to <0xFF>"),
+    (plain(model=LETTERS | {"vocab": LETTERS["vocab"] | {"ab": 94}, "ignore_merges": True}), "pairs that make 'ab'"),
+    (plain(pre_tokenizer=None), "pre_tokenizer None .* is not supported: only ByteLevel"),
+    (plain(pre_tokenizer={"type": "Metaspace"}), "pre_tokenizer .*Metaspace.* is not supported"),
+    (plain(pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL]}), "Removed.* is not supported"),
+    (plain(normalizer={"type": "Lowercase"}), "normalizer .*Lowercase.* is not supported: only NFC"),
+])  # fmt: skip
+def test_what_it_cannot_read_is_one_clear_line(contents, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.from_files(save(tmp_path, tokenizer=contents))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_files_and_bytes(tmp_path):
+    with pytest.raises(ValueError, match=r"no tokenizer.json, and no vocab.json with merges.txt, among \['vocab.json'\]"):
+        Tokenizer.from_files(save(tmp_path, vocab={"a": 0}))
+    with pytest.raises(ValueError, match="tokenizer.json: cannot be read"):
+        Tokenizer.from_files({"tokenizer.json": tmp_path / "tokenizer.json"})
+    with pytest.raises(ValueError, match="tokenizer_config.json: cannot be read"):
+        Tokenizer.from_files(save(tmp_path, tokenizer=plain(), tokenizer_config="{"))
+    with pytest.raises(ValueError, match="no token for some byte of 'é'"):
+        Tokenizer.from_files(save(tmp_path, tokenizer=plain())).encode("é")
