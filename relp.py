@@ -105,6 +105,11 @@ def difference(original: Tensor, patch: Tensor) -> Tensor:
     return patch.detach().to(dtype) - original.detach().to(dtype)
 
 
+def changed(original: Tensor, patch: Tensor) -> Tensor:
+    """[batch, pos]: True where a node's activations differ between the two runs. Elsewhere every method scores exactly 0."""
+    return (patch != original).flatten(2).any(-1)
+
+
 def dot(delta: Tensor, rho: Tensor) -> Tensor:
     """delta . rho over everything behind batch and pos."""
     return (delta * rho).flatten(2).sum(-1)
@@ -124,6 +129,15 @@ def check(model, original, patch, answers, nodes) -> None:
         raise ValueError(f"unknown node {unknown[0]!r}: this model has {', '.join(model.nodes)}")
 
 
+def compare(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff) -> tuple[Tensor, Tensor, dict]:
+    """The metric [batch] of the original run and of the patch run, and {node: bool [batch, layer, pos]}: where they differ."""
+    check(model, original, patch, answers, nodes)
+    stream, acts = record(model, original, nodes)
+    patch_stream, patch_acts = record(model, patch, nodes)
+    values = [read_out(model, s, answers, metric) for s in (stream, patch_stream)]
+    return *values, by_layer({key: changed(acts[key], patch_acts[key]) for key in acts}, nodes)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # AP
 
@@ -139,8 +153,8 @@ def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor,
     is 0 and nothing is run.
 
     Arguments and result as in attribute(); `nodes` may be any whose patch changes one position of the stream behind
-    the block (all but k, v and pattern). rows: how many patched runs go through a block together. progress(n) is
-    called as n (row, block) steps are done.
+    the block (all but k, v and pattern). rows: how many patched runs go through a block together. progress(fraction)
+    is called as the work proceeds.
     """
     check(model, original, patch, answers, nodes)
     if several := [name for name in nodes if name in ("k", "v", "pattern")]:
@@ -151,7 +165,9 @@ def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor,
     n_layers, n_pos = model.config.n_layers, original.shape[1]
     streams = [acts["resid_pre", layer] for layer in range(n_layers)] + [final]
     effect = {key: base.new_zeros(original.shape) for key in patch_acts}
-    differs = {key: (difference(acts[key], patch_acts[key]) != 0).flatten(2).any(-1) for key in patch_acts}
+    differs = {key: changed(acts[key], patch_acts[key]) for key in patch_acts}
+    steps_left = {(name, layer): n_layers - layer - (name != "resid_pre") for name, layer in differs}  # blocks that a patch runs through
+    total, done = sum(int(differs[key].sum()) * n for key, n in steps_left.items()), 0
 
     def resumed(prompts, pos, name=None):
         """The hook of original runs resumed at pos, the node `name` at pos coming from the patch runs."""
@@ -186,10 +202,53 @@ def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor,
             if layer < n_layers and len(x):
                 step = lambda part, who: model.block(layer, part, hook=resumed(who, pos), start=pos, last=layer == n_layers - 1)
                 x = torch.cat([step(part, who) for part, who in zip(x.split(rows), prompts.split(rows))])
+                done += len(x)
                 if progress:
-                    progress(len(x))
+                    progress(done / total)
         if len(x):
             change = read_out(model, x, answers[prompts], metric) - base[prompts]
             for (key, where), c in zip(patches, change.split([len(where) for _, where in patches])):
                 effect[key][where, pos] = c
     return by_layer(effect, nodes)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# How well a method predicts AP. Scores of all prompts are [prompt, layer, pos], NaN beyond a prompt's length; groups
+# names for each prompt the group (template) whose positions mean the same.
+
+
+def pearson(a: Tensor, b: Tensor) -> float:
+    """Pearson correlation of two vectors, in float64; NaN where one of them is constant."""
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    norm = a.norm() * b.norm()
+    return float(a @ b / norm) if norm > 0 else float("nan")
+
+
+def averaged(scores: Tensor, groups: list[str]) -> Tensor:
+    """Each group's mean map over its prompts, flattened, one group behind the other (the maps that Figure 2 shows)."""
+    rows = {g: [i for i, other in enumerate(groups) if other == g] for g in dict.fromkeys(groups)}
+    maps = torch.cat([scores[i].double().mean(0).flatten() for i in rows.values()])
+    return maps[~maps.isnan()]
+
+
+def pcc(scores: Tensor, ap: Tensor, groups: list[str], cells: Tensor | None = None) -> dict[str, float]:
+    """Pearson correlation of a method's scores with AP's, three ways. Section 5.1 of the paper leaves the way open.
+
+    averaged         of the prompt-averaged maps: per group, the groups' maps concatenated
+    pooled           over all cells of all prompts at once
+    per_prompt       the mean over prompts of each prompt's own correlation; per_prompt_std is their spread
+
+    cells, [prompt, layer, pos] bool, leaves out those where it is False (averaged: False in the whole group).
+    """
+    if cells is None:
+        cells = torch.ones_like(ap, dtype=torch.bool)
+    keep = averaged(torch.where(ap.isnan(), torch.nan, cells.double()), groups) > 0
+    there = ~ap.isnan() & cells
+    each = torch.tensor([pearson(s[t], a[t]) for s, a, t in zip(scores, ap, there) if t.any()], dtype=torch.float64)
+    each = each[~each.isnan()]
+    return {
+        "averaged": pearson(averaged(scores, groups)[keep], averaged(ap, groups)[keep]),
+        "pooled": pearson(scores[there], ap[there]),
+        "per_prompt": float(each.mean()),
+        "per_prompt_std": float((each - each.mean()).square().mean().sqrt()),
+    }

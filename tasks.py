@@ -92,7 +92,8 @@ def _fill(tokenizer, template, words):
     """Token ids and roles of a template whose slots are filled from `words` (slot name -> word)."""
     ids, roles, text = [], [], ""
     for piece in re.findall(r" ?\[\w+\]| ?\w+|[.,]", template):
-        role = piece.strip(" []")
+        # the first word and the mark behind the place differ between templates but play one role
+        role = "FIRST" if not text else "PUNCT" if piece in ".," and "PLACE" in roles else piece.strip(" []")
         if "[" in piece:
             piece = " " + words[role]
         tokens = tokenizer.encode(piece)

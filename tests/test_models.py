@@ -1,8 +1,13 @@
+"""Every family against transformers, and the loading of checkpoints as they are found in the wild."""
+import json
+import shutil
+
 import pytest
 import torch
-from conftest import CHECKPOINTS
+from conftest import CHECKPOINTS, FAMILIES, LLAMA3_ROPE
+from safetensors.torch import load_file, save_file
 
-from models import from_pretrained
+from models import SHORT_NAMES, from_pretrained, to_checkpoint
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -12,3 +17,205 @@ def test_logits_agree_with_transformers(name, checkpoint, tokens):
         wanted, got = hf(tokens).logits, from_pretrained(str(path))(tokens)
     assert wanted.std() > 0.5  # far from a trivial model
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_stays_close(name, checkpoint, tokens):
+    path, hf = checkpoint(name)
+    with torch.no_grad():
+        wanted, got = hf(tokens).logits, from_pretrained(str(path), dtype=torch.bfloat16)(tokens)
+    assert got.dtype == torch.float32
+    assert (got - wanted).abs().mean() < 0.05 * wanted.std()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_can_be_resumed_in_the_middle(name, checkpoint, tokens):
+    """block() from a position on, with the keys and values before it from the hook, is the rest of the run; `last` its last row."""
+    model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
+    kept = {}
+
+    def keep(node, layer, value):
+        kept[node, layer] = value
+        return value
+
+    stream = model.stream(tokens, hook=keep)
+    for start in (0, 4, 10):
+        past = lambda node, layer, value: torch.cat([kept[node, layer][:, :start], value], 1) if node in ("k", "v") else value
+        x = kept["resid_pre", 1][:, start:]
+        for layer in (1, 2):
+            last = model.block(layer, x, hook=past, start=start, last=True)
+            x = model.block(layer, x, hook=past, start=start)
+            torch.testing.assert_close(last, x[:, -1:])
+        torch.testing.assert_close(x, stream[:, start:])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_node_passes_through_the_hook(name, checkpoint, tokens):
+    """What the hook returns is what the pass goes on with, for each named node; [batch, pos, ...] throughout."""
+    model = from_pretrained(str(checkpoint(name)[0]))
+    plain, seen = model(tokens), []
+
+    def look(node, layer, value):
+        assert value.shape[:2] == tokens.shape
+        seen.append((layer, node))
+        return value
+
+    assert torch.equal(model(tokens, hook=look), plain)
+    assert seen == [(layer, node) for layer in range(model.config.n_layers) for node in model.nodes]
+    assert ("resid_mid" in model.nodes) == (name != "neox")
+    for node in model.nodes:
+        for layer in range(model.config.n_layers):
+            changed = model(tokens, hook=lambda n, l, v: v * 1.5 if (n, l) == (node, layer) else v)
+            assert (changed - plain).abs().max() > 1e-4, (node, layer)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attn_out_and_mlp_out_are_what_is_added_to_the_stream(name, checkpoint, tokens):
+    model, kept = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64), {}
+    model(tokens, hook=lambda n, l, v: kept.setdefault((n, l), v))
+    for layer in range(model.config.n_layers):
+        total = kept["resid_pre", layer] + kept["attn_out", layer] + kept["mlp_out", layer]
+        torch.testing.assert_close(kept["resid_post", layer], total)
+
+
+def test_nothing_stays_attached_after_an_exception(checkpoint, tokens):
+    model = from_pretrained(str(checkpoint("gpt2")[0]))
+    plain = model(tokens)
+
+    def broken(node, layer, value):
+        if (node, layer) == ("mlp_out", 1):
+            raise RuntimeError("broken hook")
+        return value * 0
+
+    with pytest.raises(RuntimeError, match="broken hook"):
+        model(tokens, hook=broken)
+    assert torch.equal(model(tokens), plain)
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+
+
+def test_dtype_and_gradients(checkpoint):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        model = from_pretrained(str(checkpoint("qwen2")[0]), dtype=dtype)
+        assert all(p.dtype == dtype and not p.requires_grad for p in model.parameters())
+    assert not model.training
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints in the wild
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path):
+    """copied(name, config={changed fields}, tensors=function of the tensors) -> a directory with that checkpoint, changed."""
+
+    def copy(name, config=None, tensors=None, without=()):
+        path = tmp_path / name
+        shutil.copytree(checkpoint(name)[0], path)
+        fields = json.loads((path / "config.json").read_text())
+        fields = {k: v for k, v in fields.items() if k not in without} | (config or {})
+        (path / "config.json").write_text(json.dumps(fields))
+        if tensors:
+            save_file(tensors(load_file(path / "model.safetensors")), path / "model.safetensors")
+        return path
+
+    return copy
+
+
+def same_logits(path, other, tokens):
+    return torch.equal(from_pretrained(str(path))(tokens), from_pretrained(str(other))(tokens))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_to_checkpoint_is_the_inverse_of_loading(name, checkpoint):
+    path, _ = checkpoint(name)
+    stored, ours = load_file(path / "model.safetensors"), to_checkpoint(from_pretrained(str(path)))
+    assert stored.keys() == ours.keys()
+    assert all(torch.equal(stored[k], ours[k]) for k in stored)
+
+
+@pytest.mark.parametrize("name, config, without", [
+    ("gpt2", {"torch_dtype": "float32"}, ["dtype", "n_inner", "tie_word_embeddings"]),
+    ("neox", {"rotary_pct": 0.25, "rotary_emb_base": 10000, "torch_dtype": "float16"}, ["rope_parameters", "dtype"]),
+    ("neox-sequential", {"rotary_pct": 1.0, "rotary_emb_base": 500}, ["rope_parameters"]),
+    ("qwen2", {"rope_theta": 10000.0}, ["rope_parameters", "layer_types"]),
+    ("qwen2-mha-tied-window", {"rope_theta": 10000.0}, ["rope_parameters", "layer_types"]),
+    ("gemma2", {"rope_theta": 10000.0, "hidden_act": "gelu_pytorch_tanh"}, ["rope_parameters", "layer_types", "tie_word_embeddings", "hidden_activation"]),
+    ("llama3", {"rope_theta": 5e4, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}}, ["rope_parameters"]),
+])  # fmt: skip
+def test_configurations_as_transformers_4_wrote_them(name, config, without, checkpoint, copied, tokens):
+    assert same_logits(copied(name, config, without=without), checkpoint(name)[0], tokens)
+
+
+def test_rope_scaling_matters(checkpoint, copied, tokens):
+    assert not same_logits(copied("llama3", {"rope_parameters": {**LLAMA3_ROPE, "factor": 2.0}}), checkpoint("llama3")[0], tokens)
+
+
+@pytest.mark.parametrize("name, change", [
+    ("gpt2", lambda t: {k.removeprefix("transformer."): v for k, v in t.items()} | {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}),
+    ("gpt2", lambda t: t | {"lm_head.weight": t["transformer.wte.weight"].clone()}),
+    ("neox", lambda t: t | {"gpt_neox.layers.1.attention.bias": torch.ones(1, 1, 64, 64), "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9), "gpt_neox.layers.1.attention.rotary_emb.inv_freq": torch.ones(4)}),
+    ("llama", lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+])  # fmt: skip
+def test_old_buffers_and_prefixes(name, change, checkpoint, copied, tokens):
+    assert same_logits(copied(name, tensors=change), checkpoint(name)[0], tokens)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_sharded_and_pickled_checkpoints(name, checkpoint, tokens, tmp_path):
+    path, hf = checkpoint(name)
+    hf.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    assert same_logits(tmp_path / "shards", path, tokens)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(path / "config.json", pickled)
+    torch.save(hf.state_dict(), pickled / "pytorch_model.bin")
+    assert same_logits(pickled, path, tokens)
+    (pickled / "pytorch_model.bin").rename(pickled / "part.bin")
+    (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(hf.state_dict(), "part.bin")}))
+    assert same_logits(pickled, path, tokens)
+
+
+@pytest.mark.parametrize("message, change", [
+    (r"lacks 1 tensors: model.layers.1.mlp.up_proj.weight", lambda t: {k: v for k, v in t.items() if k != "model.layers.1.mlp.up_proj.weight"}),
+    (r"unexpected 1 tensors: model.layers.0.extra", lambda t: t | {"model.layers.0.extra": torch.ones(1)}),
+    (r"norm.weight has the shape \[31\], config.json asks for \[32\]", lambda t: t | {"model.norm.weight": torch.ones(31)}),
+    (r"unexpected 1 tensors: model.layers.3.mlp.up_proj.weight", lambda t: t | {"model.layers.3.mlp.up_proj.weight": torch.ones(1)}),
+    (r"unexpected 1 tensors: model.layers.0.self_attn.q_proj.bias", lambda t: t | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
+])  # fmt: skip
+def test_what_does_not_fit_is_named(message, change, copied):
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(str(copied("llama", tensors=change)))
+
+
+@pytest.mark.parametrize("name, config, message", [
+    ("gpt2", {"model_type": "bert"}, "'bert' is not supported"),
+    ("gpt2", {"activation_function": "mish"}, "'mish' is not supported"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not supported"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported"),
+    ("llama", {"hidden_size": "32"}, "wrong type"),
+])  # fmt: skip
+def test_configurations_that_are_not_ours(name, config, message, copied):
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(str(copied(name, config)))
+
+
+def test_a_missing_field_is_named(copied):
+    with pytest.raises(ValueError, match="lacks the field 'n_layer'"):
+        from_pretrained(str(copied("gpt2", without=["n_layer"])))
+
+
+def test_a_pickle_with_code_in_it_is_not_run(checkpoint, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    shutil.copy(checkpoint("gpt2")[0] / "config.json", tmp_path)
+    torch.save({"x": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin is corrupt, cut off, or holds more than tensors"):
+        from_pretrained(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_short_names_cover_the_papers_models():
+    assert {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "pythia-70m", "pythia-410m", "qwen2-0.5b", "qwen2-7b", "gemma2-2b"} < SHORT_NAMES.keys()

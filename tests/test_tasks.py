@@ -12,9 +12,9 @@ from tasks import NAMES, OBJECTS, PLACES, Pair, by_group, ioi, read_pairs
 
 SHARED = Path(__file__).parents[2] / "shared"
 ROLES = {
-    "template 1": "BOS Then , B1 and A went to the PLACE . S2 gave a OBJECT END".split(),
-    "template 2": "BOS When , B1 and A went to the PLACE . S2 gave a OBJECT END".split(),
-    "template 3": "BOS After B1 and A went to the PLACE , S2 gave a OBJECT END".split(),
+    "template 1": "BOS FIRST , B1 and A went to the PLACE PUNCT S2 gave a OBJECT END".split(),
+    "template 2": "BOS FIRST , B1 and A went to the PLACE PUNCT S2 gave a OBJECT END".split(),
+    "template 3": "BOS FIRST B1 and A went to the PLACE PUNCT S2 gave a OBJECT END".split(),
 }
 
 
@@ -211,7 +211,7 @@ def test_unknown_corruption():
 
 def test_a_template_word_of_several_tokens_repeats_its_role():
     p = ioi(Words(split={"Then": ["Th", "en"], " to": [" t", "o"]}), 1)[0]
-    assert list(p.roles) == "BOS Then Then , B1 and A went to to the PLACE . S2 gave a OBJECT to END".split()
+    assert list(p.roles) == "BOS FIRST FIRST , B1 and A went to to the PLACE PUNCT S2 gave a OBJECT to END".split()
     assert len(p.roles) == len(p.original) == len(p.patch)
 
 

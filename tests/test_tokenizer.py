@@ -6,6 +6,8 @@ Gemma, Llama 2) are trained here, small, on made-up text of the same sort as the
 
 import json
 import random
+import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -29,18 +31,21 @@ if (a<=b && !c) { i++; }§// comment§/* x */§#include <stdio.h>§https://examp
 e\u0301§n\u0303o§a\u030a§\u1112\u1161\u11ab§o\u0302\u0301§A\u030a\u212b§\u0e33§ﬁ§ſ'ſ§K'ſ§\u200b§\u00a0§\u3000§\u2028§\x85§\x00§\x7f§\ufeff§aaaa
 \U00010348§\U0001f9ff§▁§a▁b§<0x0A>§<0xE2>§<|endoftext|>§<|padding|>§<bos>§<s>§<|im_start|>user§<unk>§zqx§ qzqzq§qzqzqs
 """.strip("\n").replace("\n", "§").split("§")
+ASSIGNED = [c for c in range(0x20000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
 GAPS = [" "] * 8 + ["", "", "  ", "   ", "\n", "\n\n", "\t", "\t\t", " \n", "\r\n", "\n    "]
 
 
 def made_up_lines(n: int, seed: int) -> list[str]:
-    """Lines of fragments, words of random letters, and runs of spaces of up to 40."""
+    """Lines of fragments, words of random letters, random characters of all scripts, and runs of up to 40 spaces."""
     rng = random.Random(seed)
     lines = []
     for _ in range(n):
         line = rng.choice(["", "", "", " ", "\n"])
         for _ in range(rng.randint(1, 8)):
             word = "".join(rng.choices("etaoinshrdluETAOé", k=rng.randint(1, 9)))
-            line += rng.choice([word, *rng.choices(FRAGMENTS, k=3)]) + rng.choice(GAPS + [" " * rng.randint(2, 40)])
+            strange = "".join(map(chr, rng.choices(ASSIGNED, k=rng.randint(1, 3))))
+            line += rng.choice([word, word, strange, *rng.choices(FRAGMENTS, k=5)])
+            line += rng.choice(GAPS + [" " * rng.randint(2, 40)])
         lines.append(line)
     return lines
 
@@ -94,7 +99,7 @@ def test_published_gpt2_by_heart():
         pytest.skip(f"{PUBLISHED / 'gpt2'} is not there")
     ours = Tokenizer.from_files({p.name: p for p in (PUBLISHED / "gpt2").iterdir()})
     assert ours.encode("Hello world" + END) == [15496, 995, 50256] and ours.bos_id == 50256 and ours.n_vocab == 50257
-    assert [ours.decode([i]) for i in (15496, 995, 50256, 0xE2 - 100)] == ["Hello", " world", END, "�"]
+    assert [ours.decode([i]) for i in (15496, 995, 50256, 126)] == ["Hello", " world", END, "�"]
 
 
 # ---- small tokenizers of each kind, as the dict that their tokenizer.json holds
@@ -109,13 +114,13 @@ def isolate(pattern: str):
 
 
 def train(pre_tokenizer, normalizer=None, **options) -> dict:
-    """The spec of a BPE tokenizer trained on made-up text (in which nothing holds "zq")."""
+    """The spec of a BPE tokenizer trained on made-up text without "<...>" and "zq", which tests need to be unknown."""
     reference = Reference(models.BPE())
     reference.pre_tokenizer = pre_tokenizer
     if normalizer:
         reference.normalizer = normalizer
     trainer = trainers.BpeTrainer(vocab_size=1500, show_progress=False, **options)
-    reference.train_from_iterator((x.replace("zq", "") for x in made_up_lines(1500, seed=2)), trainer)
+    reference.train_from_iterator((re.sub("<\\S*>|zq", "", x) for x in made_up_lines(1500, seed=2)), trainer)
     return json.loads(reference.to_str())
 
 
@@ -163,13 +168,11 @@ def sentencepiece_kind(order: str) -> dict:
     """Gemma's, or Llama 2's, whose text starts with "▁". Characters outside the 150 commonest are not in it."""
     word_starts = pre_tokenizers.Split("▁", "merged_with_next")
     spec = train(word_starts, normalizers.Replace(" ", "▁"), limit_alphabet=150)
-    merges = [tuple(merge) for merge in spec["model"]["merges"]]
-    runs = [c * n for c in "▁\n" for n in range(2, 32)]  # Gemma's own entries, each with every pair and one score
-    tokens = [*runs, *(t for t in spec["model"]["vocab"] if t not in runs)]
-    rank = {t: max(0, i - len(runs)) if order == "by length" else i for i, t in enumerate(tokens)}
-    if order == "trained":
-        merges = all_pairs(runs, rank, by_length=False) + [m for m in merges if m[0] + m[1] not in runs]
-    else:
+    tokens, merges = [*spec["model"]["vocab"]], spec["model"]["merges"]
+    if order != "trained":  # as in Gemma's file: runs that no training made, and every pair of every token
+        runs = [c * n for c in "▁\n" for n in range(2, 32)]
+        tokens = [*runs, *(t for t in tokens if t not in runs)]
+        rank = {t: max(0, i - len(runs)) if order == "by length" else i for i, t in enumerate(tokens)}
         merges = all_pairs(tokens, rank, by_length=order == "by length")
     spec["model"] |= dict(byte_fallback=True, fuse_unk=True, unk_token="<unk>", merges=[" ".join(m) for m in merges])
     byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
@@ -212,7 +215,7 @@ def test_each_kind_gives_the_same_ids(kind):
     lines = made_up_lines(2500, seed=4)
     assert not differences(reference, ours, lines)
     found = {i for line in lines for i in ours.encode(line)}
-    assert len(found) > 0.7 * ours.n_vocab  # the comparison is of the vocabulary at large, not of a few tokens
+    assert len(found) > 0.5 * ours.n_vocab  # the comparison is of the vocabulary at large, not of a few tokens
 
 
 def test_each_kind_agrees_on_each_entry_of_its_vocabulary(kind):
@@ -223,8 +226,6 @@ def test_each_kind_agrees_on_each_entry_of_its_vocabulary(kind):
 
 
 def test_decode_undoes_encode(kind):
-    import unicodedata
-
     name, _, ours = kind
     for line in made_up_lines(300, seed=5):
         text = unicodedata.normalize("NFC", line) if name == "qwen2" else line
@@ -246,7 +247,7 @@ def test_entries_no_merge_leads_to(tmp_path):
 def test_unknown_characters_fall_back_to_bytes(tmp_path):
     _, ours = both(sentencepiece_kind("trained"), tmp_path)
     vocab = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
-    for char in "▂\U0001f9ff§":  # the first shares its first two bytes with "▁"
+    for char in "▂\U0001f9ca§":  # the first shares its first two bytes with "▁"
         ids = ours.encode("a" + char)
         assert ids[1:] == [vocab[f"<0x{b:02X}>"] for b in char.encode()]
         assert ours.decode(ids) == "a" + char and "�" in ours.decode(ids[:-1])
@@ -258,16 +259,19 @@ def test_unknown_characters_fall_back_to_bytes(tmp_path):
 @pytest.mark.parametrize("prefix_space", [False, True])
 def test_flags_of_added_tokens_and_prefix_space(prefix_space, tmp_path):
     spec = train_byte_level(pre_tokenizers.ByteLevel(add_prefix_space=prefix_space), normalizers.NFC())
-    flags = [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"lstrip": True, "rstrip": True}]
-    contents = [f"<{i}>" for i in range(5)] + ["word", "words", "   ", "<0><1>", "e\u0301t", "n"]
-    n = len(spec["model"]["vocab"])
     number(spec, [*spec["model"]["vocab"]], ())
-    for i, content in enumerate(contents):
-        chosen = {"single_word": True} if content == "n" else flags[i % 5] if i < 7 else {}
-        spec["added_tokens"].append(added_token(content, n + i, special=i % 2 > 0, normalized=i in (4, 6, 7, 9), **chosen))
+    flags = {
+        "<0>": {}, "<1>": {"lstrip": True}, "<2>": {"rstrip": True}, "<3>": {"lstrip": True, "rstrip": True},
+        "<0><1>": {}, "word": {}, "n": {}, "#!": {"special": False},
+        "words": {"normalized": True}, "<4>": {"normalized": True, "lstrip": True}, "<0>.": {"normalized": True},
+        "e\u0301t": {"normalized": True}, "o\u0301": {},
+    }  # fmt: skip
+    vocab = spec["model"]["vocab"]  # "n" is in it; `tokenizers` wants the ids of the others to follow on
+    ids = {token: len(vocab) + i for i, token in enumerate(token for token in flags if token not in vocab)} | vocab
+    spec["added_tokens"] = [added_token(token, ids[token], **flags[token]) for token in flags]
     reference, ours = both(spec, tmp_path)
     rng = random.Random(6)
-    bits = [*contents, *contents, " ", " ", "    ", "\n", "_", ".", "a", "é", "\u00e9t", "wor", "1"]
+    bits = [*flags, *flags, " ", " ", "    ", "\n", "_", "#", ".", "a", "é", "\u00e9t", "ó", "wor", "1"]
     lines = ["".join(rng.choices(bits, k=rng.randint(1, 9))) for _ in range(3000)]
     assert not differences(reference, ours, lines + [""])
 
@@ -283,7 +287,7 @@ def test_vocab_and_merges_equal_tokenizer_json(tmp_path):
     assert not differences(reference, two_files, lines)
     assert [one_file.encode(x) for x in lines] == [two_files.encode(x) for x in lines]
     assert one_file.bos_id == two_files.bos_id == spec["model"]["vocab"][END] and one_file.n_vocab == two_files.n_vocab
-    with pytest.raises(ValueError, match="vocab.json: a Qwen2Tokenizer needs tokenizer.json"):
+    with pytest.raises(ValueError, match="vocab.json and merges.txt: a Qwen2Tokenizer needs"):
         Tokenizer.from_files(two | save(tmp_path, tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"}))
 
 
@@ -321,22 +325,24 @@ SPLIT = {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Removed", "inv
 
 
 @pytest.mark.parametrize("contents, message", [
-    ("{", "tokenizer.json: cannot be read as JSON"),
-    ([1], "tokenizer.json: a JSON object was expected, not a list"),
+    ("{", "tokenizer.json: cannot be read: Expecting"),
+    ([1], "tokenizer.json: cannot be read: a JSON object was expected, not a list"),
     ({}, "tokenizer.json: there is no model with a vocabulary"),
     (plain(model={"type": "BPE", "merges": []}), "tokenizer.json: there is no model with a vocabulary"),
-    (plain(model={"vocab": {"a": 0}}), "model unnamed is not supported: only BPE"),
+    (plain(model={"vocab": {"a": 0}}), "model BPE is not supported: only BPE is, with merges"),
+    (plain(model={"type": "BPE", "vocab": {"a": 0}}), "model BPE is not supported: only BPE is, with merges"),
     (plain(model={"type": "WordPiece", "vocab": {"a": 0}}), "model WordPiece is not supported: only BPE"),
     (plain(model={"type": "Unigram", "vocab": [["a", 0.0]]}), "model Unigram is not supported: only BPE"),
     (plain(model={"type": "WordLevel", "vocab": {"a": 0}}), "model WordLevel is not supported: only BPE"),
-    (plain(model=LETTERS | {"end_of_word_suffix": "</w>"}), "model BPE is not supported: .* word suffix"),
-    (plain(model=LETTERS | {"merges": ["a b"]}), "merge 'a' \\+ 'b' makes no token"),
-    (plain(model=LETTERS | {"merges": ["a b c"]}), "tokenizer.json: merge 'a b c' is not a pair"),
+    (plain(model=LETTERS | {"end_of_word_suffix": "</w>"}), "model BPE is not supported: .* suffix"),
+    (plain(model=LETTERS | {"merges": ["a b"]}), "merge 'a b' does not join two tokens"),
+    (plain(model=LETTERS | {"merges": ["a b c"]}), "tokenizer.json: merge 'a b c' does not join two tokens"),
     (plain(model=FALLBACK, pre_tokenizer=None), "lacks some of the tokens <0x00> to <0xFF>"),
-    (plain(model=LETTERS | {"vocab": LETTERS["vocab"] | {"ab": 94}, "ignore_merges": True}), "pairs that make 'ab'"),
+    (plain(model=LETTERS | {"vocab": LETTERS["vocab"] | {"ab": 94}, "ignore_merges": True}), "no merge makes 'ab'"),
     (plain(pre_tokenizer=None), "pre_tokenizer None .* is not supported: only ByteLevel"),
     (plain(pre_tokenizer={"type": "Metaspace"}), "pre_tokenizer .*Metaspace.* is not supported"),
     (plain(pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL]}), "Removed.* is not supported"),
+    (plain(added_tokens=[added_token("a", 64, single_word=True)]), "added token 'a' .*single_word.* is not supported"),
     (plain(normalizer={"type": "Lowercase"}), "normalizer .*Lowercase.* is not supported: only NFC"),
 ])  # fmt: skip
 def test_what_it_cannot_read_is_one_clear_line(contents, message, tmp_path):
@@ -348,8 +354,11 @@ def test_what_it_cannot_read_is_one_clear_line(contents, message, tmp_path):
 def test_missing_files_and_bytes(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer.json, and no vocab.json with merges.txt, among \['vocab.json'\]"):
         Tokenizer.from_files(save(tmp_path, vocab={"a": 0}))
-    with pytest.raises(ValueError, match="tokenizer.json: cannot be read"):
+    with pytest.raises(ValueError, match="tokenizer.json: cannot be read: .*No such file"):
         Tokenizer.from_files({"tokenizer.json": tmp_path / "tokenizer.json"})
+    (tmp_path / "merges.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="merges.txt: cannot be read"):
+        Tokenizer.from_files({name: tmp_path / name for name in ("vocab.json", "merges.txt")})
     with pytest.raises(ValueError, match="tokenizer_config.json: cannot be read"):
         Tokenizer.from_files(save(tmp_path, tokenizer=plain(), tokenizer_config="{"))
     with pytest.raises(ValueError, match="no token for some byte of 'é'"):
