@@ -14,7 +14,7 @@ import json
 import math
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
 
@@ -413,6 +413,10 @@ class Config:
             raise ValueError(f"config.json of a {family} model lacks the field {error}") from None
         except TypeError as error:
             raise ValueError(f"config.json of a {family} model has a field of the wrong type: {error}") from None
+        if wrong := [f.name for f in fields(config) if f.type is int and not (isinstance(getattr(config, f.name), int) and getattr(config, f.name) > 0)]:
+            raise ValueError(f"config.json of a {family} model gives {wrong[0]} = {getattr(config, wrong[0])!r}: a positive whole number is needed")
+        if config.n_heads % config.n_kv_heads:
+            raise ValueError(f"config.json of a {family} model gives {config.n_heads} heads for {config.n_kv_heads} key-value heads: not a multiple")
         if config.act not in GATES:
             raise ValueError(f"activation {config.act!r} is not supported: this project knows {', '.join(GATES)}")
         return config
@@ -714,10 +718,10 @@ def fetch(name: str, file: str) -> Path:
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+        if not isinstance(content, dict):
+            raise ValueError(f"a JSON object was expected, not a {type(content).__name__}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {first_line(error)}") from None
     return content
 
 
@@ -759,8 +763,8 @@ class Tokenizer:
     Reads the two kinds of byte-pair encoding (BPE) that the model families here come with:
 
     - byte-level (GPT-2, GPT-NeoX, Llama 3, Qwen2): a pattern splits the text, and each piece starts as its bytes;
-    - SentencePiece-style (Gemma, Llama 1 and 2): the text stays whole, with "▁" for " ", and starts as its characters;
-      one that is not in the vocabulary is given as its bytes, spelled like "<0xE2>" ("byte fallback").
+    - SentencePiece-style (Gemma, Llama 1 and 2): the text stays whole, with "▁" for " ", and starts as its
+      characters; one that is not in the vocabulary is given as its bytes, spelled like "<0xE2>" ("byte fallback").
 
     The ids are those of the `tokenizers` package with `add_special_tokens=False`. One difference is left: it ranks
     the pair of tokens to be merged, tiktoken the bytes of the result. They agree where the merges leave each token
@@ -776,9 +780,10 @@ class Tokenizer:
         model, added = spec.get("model"), spec.get("added_tokens") or []
         if not isinstance(model, dict) or not model.get("vocab"):
             raise ValueError("there is no model with a vocabulary in it")
-        kind = model.get("type", "BPE" if "merges" in model else "unnamed")  # GPT-2's and NeoX's files name none
-        if kind != "BPE" or any(model.get(k) for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
-            raise ValueError(f"model {kind} is not supported: only BPE is, without dropout, subword prefix or word suffix")
+        kind = model.get("type", "BPE")  # GPT-2's and NeoX's files name none
+        odd = any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+        if kind != "BPE" or "merges" not in model or odd:
+            raise ValueError(f"model {kind} is not supported: only BPE is, with merges, no dropout, prefix or suffix")
         self.normalize = _normalizer(spec.get("normalizer"))
         pattern, byte_level, self.prefix_space = _splitter(spec.get("pre_tokenizer"), model.get("byte_fallback"))
         pieces = _ranked_pieces(model, byte_level, skip={t["content"] for t in added})
@@ -813,15 +818,13 @@ class Tokenizer:
             path = files["tokenizer.json"]
             spec = read_json(path)
         elif "vocab.json" in files and "merges.txt" in files:
-            path = files["vocab.json"]
+            path = f"{files['vocab.json']} and merges.txt"
             owner = config.get("tokenizer_class") or "GPT2Tokenizer"
             if not owner.startswith("GPT2"):  # others share the two files' format, but not GPT-2's pattern
                 raise ValueError(f"{path}: a {owner} needs tokenizer.json too; only GPT-2's does not")
-            vocab = read_json(path)
-            merges = Path(files["merges.txt"]).read_text(encoding="utf-8").split("\n")
-            merges = [line for line in merges if line and not line.startswith("#version")]
+            vocab, lines = read_json(files["vocab.json"]), files["merges.txt"].read_text(encoding="utf-8", errors="replace").split("\n")
+            model = {"vocab": vocab, "merges": [m for m in lines if m and not m.startswith("#version")]}
             added = [{"content": t, "id": vocab[t]} for t in ("<|endoftext|>",) if t in vocab]
-            model = {"vocab": vocab, "merges": merges}
             spec = {"model": model, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": added}
         else:
             raise ValueError(f"no tokenizer.json, and no vocab.json with merges.txt, among {sorted(files)}")
@@ -842,7 +845,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, for people to read: "�" for a part of a character, or for an id without a token."""
+        """The text of `ids`, for people to read: "�" for a part of a character or an id without a token.
+
+        Nothing is tidied away: what Llama 2's normalizer puts in front is shown as the space that it stands for.
+        """
         text = b"".join(self.bytes_of_id.get(i, b"\xff") for i in ids).decode("utf-8", errors="replace")
         return text.replace(self.space, " ")
 
@@ -872,7 +878,8 @@ def _normalizer(spec: dict | None):
         case {"type": "Prepend", "prepend": prefix}:
             return lambda text: prefix + text if text else text
         case {"type": "Sequence", "normalizers": specs}:
-            return lambda text, steps=[_normalizer(s) for s in specs]: reduce(lambda t, step: step(t), steps, text)
+            steps = [_normalizer(s) for s in specs]
+            return lambda text: reduce(lambda t, step: step(t), steps, text)
     raise ValueError(f"normalizer {spec} is not supported: only NFC, Replace (of a string), Prepend and Sequence are")
 
 
@@ -940,9 +947,10 @@ def _ranked_pieces(model: dict, byte_level: bool, skip: set[str]) -> dict[bytes,
     if model.get("ignore_merges"):
         # Llama 3: a piece that is in the vocabulary is one token, even if no merges lead to it. tiktoken does so with
         # all that has a rank, but merges to it as well, so there must be no two tokens that make it.
-        for token in vocab.keys() - skip:
-            piece = _token_bytes(token, byte_level)
-            if piece not in pieces and any(piece[:k] in pieces and piece[k:] in pieces for k in range(1, len(piece))):
+        unmerged = {_token_bytes(token, byte_level): token for token in vocab if token not in skip}
+        unmerged = {piece: token for piece, token in unmerged.items() if piece not in pieces}
+        for piece, token in unmerged.items():
+            if any(piece[:k] in pieces and piece[k:] in pieces for k in range(1, len(piece))):
                 raise ValueError(f"ignore_merges is on, but no merge makes {token!r}, though two tokens could")
-            pieces.setdefault(piece, [vocab[token]])
+        pieces |= {piece: [vocab[token]] for piece, token in unmerged.items()}
     return pieces

@@ -65,7 +65,7 @@ def test_every_node_passes_through_the_hook(name, checkpoint, tokens):
     assert ("resid_mid" in model.nodes) == (name != "neox")
     for node in model.nodes:
         for layer in range(model.config.n_layers):
-            changed = model(tokens, hook=lambda n, l, v: v * 1.5 if (n, l) == (node, layer) else v)
+            changed = model(tokens, hook=lambda n, l, v: v.flip(-1) if (n, l) == (node, layer) else v)
             assert (changed - plain).abs().max() > 1e-4, (node, layer)
 
 
@@ -193,7 +193,10 @@ def test_what_does_not_fit_is_named(message, change, copied):
     ("gpt2", {"activation_function": "mish"}, "'mish' is not supported"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not supported"),
     ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported"),
-    ("llama", {"hidden_size": "32"}, "wrong type"),
+    ("llama", {"hidden_size": "32"}, "d_model = '32'"),
+    ("llama", {"intermediate_size": "48"}, "d_mlp = '48': a positive whole number"),
+    ("gpt2", {"n_layer": 0}, "n_layers = 0"),
+    ("llama", {"num_key_value_heads": 3}, "4 heads for 3"),
 ])  # fmt: skip
 def test_configurations_that_are_not_ours(name, config, message, copied):
     with pytest.raises(ValueError, match=message):
