@@ -197,11 +197,12 @@ def score(name: str, model, pairs: list[tasks.Pair], args: argparse.Namespace) -
             batch = [torch.tensor([getattr(pairs[i], part) for i in rows], device=args.device) for part in ("original", "patch", "answers")]
             *both, where = relp.compare(model, *batch, args.nodes, metric)
             values[rows] = torch.stack(both, dim=1).cpu()
+            done = bar.n
             for method in args.methods:
                 bar.set_description(f"{name} {LABELS[method]}")
-                done = bar.n
                 start = time.perf_counter()
-                result = {node: value.cpu() for node, value in methods[method](batch, lambda f: bar.update((1 - 1e-9) * f * len(rows) + done - bar.n)).items()}
+                result = methods[method](batch, lambda part: bar.update(done + part * len(rows) - bar.n))
+                result = {node: value.cpu() for node, value in result.items()}
                 seconds[method] += time.perf_counter() - start
                 for node, value in result.items():
                     if not value.isfinite().all():

@@ -8,6 +8,11 @@ import torch
 torch.set_num_threads(1)  # the models are tiny: threads would only get in each other's way
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "hub: needs the Hugging Face Hub; skipped unless RELP_HUB=1")
+
+
 VOCAB = 97
 LLAMA = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
