@@ -45,8 +45,13 @@ TABLE_5 = {  # paper, Appendix B: PCC with AP of AtP and RelP, on 100 IOI prompt
 # The command line
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, like every other error here
+        raise ValueError(message)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="evaluate.py",
         description="Compare AtP and RelP with activation patching on prompt pairs; print the table, draw the maps, save the numbers.",
         epilog="example: python evaluate.py --model gpt2 pythia-70m --n 50 --corruption s2 --rules ln,identity,epsilon=1e-4",
@@ -385,12 +390,16 @@ def complain(error: BaseException) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 behind one line on stderr. A model that fails does not stop those after it."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the Hub's retries are not news: what fails in the end is reported
     try:
         args = parse(argv)
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()  # can results be written? better asked now than behind the work
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return complain(error)
+    try:  # can results be written? better asked now than behind the work
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        return complain(ValueError(f"cannot write results to {args.out}: {error.strerror}"))
     summaries, code = [], 0
     for name in args.model:
         try:

@@ -57,8 +57,12 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def close(self):
+        """No more answers, on connections that are open neither; closing twice does no harm."""
+        from huggingface_hub.utils import _http
+
         self.server.shutdown()
         self.server.server_close()
+        _http.close_session()
 
     def answer(self, request):
         self.log.append((request.command, request.path))
@@ -228,7 +232,7 @@ def test_the_cache_serves_when_the_hub_does_not(kind, how, hub, folders, monkeyp
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         _http.close_session()
     elif how == "server gone":
-        hub.server.server_close()  # the fixture shuts it down
+        hub.close()
     else:
         hub.faults[f"tiny/{kind}"] = refuse(500)
     waited = []
@@ -327,7 +331,7 @@ def test_a_download_that_breaks(fault, hub, folders, tmp_path):
 
 
 def test_no_server_at_all(hub):
-    hub.server.server_close()
+    hub.close()
     says("tiny/whole", "network")
     says("tiny/whole", "network", load=load_tokenizer)
 
