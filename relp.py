@@ -26,6 +26,8 @@ metric(patched) - metric(original). So a node that carries the original answer h
 
 The model is models.Transformer, or anything with its methods stream, block and unembed. Only torch is imported.
 """
+import math
+
 import torch
 from torch import Tensor
 
@@ -143,7 +145,7 @@ def compare(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metr
 
 
 @torch.no_grad()
-def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, rows=512, progress=None) -> dict[str, Tensor]:
+def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, rows=512, pieces=None, progress=None) -> dict[str, Tensor]:
     """AP (Eq. 1), exact: one (layer, position) of one node at a time, from the patch run into the original run.
 
     A patch at (layer, pos) changes nothing before that layer and nothing before that position. So a patched run is the
@@ -153,8 +155,9 @@ def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor,
     is 0 and nothing is run.
 
     Arguments and result as in attribute(); `nodes` may be any whose patch changes one position of the stream behind
-    the block (all but k, v and pattern). rows: how many patched runs go through a block together. progress(fraction)
-    is called as the work proceeds.
+    the block (all but k, v and pattern). rows: how many patched runs go through a block together. pieces: a mapping
+    {pos: effects} in which finished positions are kept and from which they are taken, so that a long run can go on
+    where it was stopped. progress(fraction) is called as the work proceeds.
     """
     check(model, original, patch, answers, nodes)
     if several := [name for name in nodes if name in ("k", "v", "pattern")]:
@@ -164,10 +167,7 @@ def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor,
     base = read_out(model, final, answers, metric)
     n_layers, n_pos = model.config.n_layers, original.shape[1]
     streams = [acts["resid_pre", layer] for layer in range(n_layers)] + [final]
-    effect = {key: base.new_zeros(original.shape) for key in patch_acts}
     differs = {key: changed(acts[key], patch_acts[key]) for key in patch_acts}
-    steps_left = {(name, layer): n_layers - layer - (name != "resid_pre") for name, layer in differs}  # blocks that a patch runs through
-    total, done = sum(int(differs[key].sum()) * n for key, n in steps_left.items()), 0
 
     def resumed(prompts, pos, name=None):
         """The hook of original runs resumed at pos, the node `name` at pos coming from the patch runs."""
@@ -181,7 +181,7 @@ def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor,
 
         return hook
 
-    def stream_with(name, layer, pos, prompts):
+    def patched_stream(name, layer, pos, prompts):
         """The streams from pos on into which this patch has been written: ahead of its layer for resid_pre, else behind it."""
         if name == "resid_pre":
             stream, edited = streams[layer], patch_acts[name, layer][prompts, pos : pos + 1]
@@ -190,26 +190,40 @@ def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor,
             edited = model.block(layer, edited, hook=resumed(prompts, pos, name), start=pos)
         return torch.cat([edited, stream[prompts, pos + 1 :]], dim=1)
 
-    for pos in range(n_pos):
-        patches, prompts, x = [], original.new_zeros(0), final[:0, pos:]  # under way: which, on which prompts, their streams
+    def effects_at(pos):
+        """[node, batch, layer]: the effects of all patches at one position."""
+        nonlocal done
+        under_way, prompts, x = [], original.new_zeros(0), final[:0, pos:]  # which patches, on which prompts, their streams
         for layer in range(n_layers + 1):
             for name in nodes:
                 key = (name, layer if name == "resid_pre" else layer - 1)  # the patches that enter the stream here
-                if key in patch_acts and (layer < n_layers or pos == n_pos - 1):  # behind the last block, only the last position is read
+                if key in differs and (layer < n_layers or pos == n_pos - 1):  # behind the last block, only the last position is read
                     where = differs[key][:, pos].nonzero()[:, 0]
-                    patches.append((key, where))
-                    prompts, x = torch.cat([prompts, where]), torch.cat([x, stream_with(*key, pos, where)])
-            if layer < n_layers and len(x):
+                    under_way.append((key, where))
+                    prompts, x = torch.cat([prompts, where]), torch.cat([x, patched_stream(*key, pos, where)])
+            if layer < n_layers:
+                parts = max(1, math.ceil(len(under_way) * len(original) / rows))  # of no more than `rows` runs
                 step = lambda part, who: model.block(layer, part, hook=resumed(who, pos), start=pos, last=layer == n_layers - 1)
-                x = torch.cat([step(part, who) for part, who in zip(x.split(rows), prompts.split(rows))])
+                x = torch.cat([step(*part) for part in zip(x.tensor_split(parts), prompts.tensor_split(parts))])
                 done += len(x)
                 if progress:
                     progress(done / total)
-        if len(x):
-            change = read_out(model, x, answers[prompts], metric) - base[prompts]
-            for (key, where), c in zip(patches, change.split([len(where) for _, where in patches])):
-                effect[key][where, pos] = c
-    return by_layer(effect, nodes)
+        effect = base.new_zeros(len(nodes), len(original), n_layers)
+        change = read_out(model, x, answers[prompts], metric) - base[prompts]
+        for ((name, layer), where), c in zip(under_way, change.split([len(where) for _, where in under_way])):
+            effect[nodes.index(name), where, layer] = c
+        return effect
+
+    # runs through one block: a patch at (layer, pos) goes through all blocks that it enters
+    work = sum(d.sum(0) * (n_layers - layer - (name != "resid_pre")) for (name, layer), d in differs.items()).tolist()
+    done, total = 0, max(1, sum(work))
+    pieces = {} if pieces is None else pieces
+    for pos in range(n_pos):
+        if pos in pieces:
+            done += work[pos]
+        else:
+            pieces[pos] = effects_at(pos)
+    return dict(zip(nodes, torch.stack([pieces[pos] for pos in range(n_pos)], dim=-1)))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -93,6 +93,18 @@ def test_relp_differs_from_atp_by_its_rules_alone(name, checkpoint, pair):
         torch.testing.assert_close(relp_paper["mlp_out"][:, last, -1], wanted)
 
 
+def test_finished_pieces_are_taken_and_the_rest_computed(checkpoint, pair):
+    """A run that goes on from the pieces of another ends in the same numbers to the bit; progress is that of the work left."""
+    model, nodes, pieces = from_pretrained(str(checkpoint("gemma2")[0])), ("resid_pre", "attn_out"), {}
+    whole = relp.activation_patching(model, *pair, nodes, pieces=pieces)
+    assert list(pieces) == list(range(9))
+    some, seen = {pos: pieces[pos] for pos in range(6)}, []
+    again = relp.activation_patching(model, *pair, nodes, pieces=some, progress=seen.append)
+    for node in nodes:
+        assert torch.equal(again[node], whole[node])
+    assert 0.3 < seen[0] < 1 and seen[-1] == 1 and seen == sorted(seen)
+
+
 class LinearModel:
     """A stream that every block mixes linearly over positions (lower-triangular) and dimensions: all methods must agree."""
 
