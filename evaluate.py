@@ -5,6 +5,7 @@
 """
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import models
@@ -70,6 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--dtype", default="float32", metavar="|".join(DTYPES), help="of weights and activations")
     p.add_argument("--batch-size", default="auto", metavar="N", help="prompts, or patched runs, that go through the model together")
+    p.add_argument("--shard", action="store_true", help="under torchrun: share the weights out over the processes as well")
     p.add_argument("--out", default="results", metavar="DIR", help="where the results go")
     p.add_argument("--no-bos", action="store_true", help="put no BOS token in front of the prompts")
     p.add_argument("--no-plot", action="store_true", help="draw nothing")
@@ -85,7 +88,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--n must be at least 1, got {args.n}")
     if args.batch_size != "auto" and not re.fullmatch("[1-9][0-9]*", args.batch_size):
         raise ValueError(f"--batch-size must be auto or a positive whole number, got {args.batch_size!r}")
-    args.device = parse_device(args.device)
+    args.device = join(parse_device(args.device))
+    if args.shard and world() == 1:
+        raise ValueError("--shard needs several processes: torchrun --nproc-per-node=N evaluate.py --shard ...")
     return args
 
 
@@ -129,18 +134,63 @@ def parse_device(text: str) -> torch.device:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Several processes: torchrun --nproc-per-node=N evaluate.py ...
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def join(device: torch.device) -> torch.device:
+    """Join the other processes where torchrun has started this one. Returns the device of this process."""
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def share(rows: list[int]) -> list[int]:
+    """This process's part of a batch; the same number for all, since processes that share weights must make the same calls."""
+    size = -(-len(rows) // world())
+    mine = rows[rank() :: world()] or rows[:1]
+    return mine + mine[-1:] * (size - len(mine))
+
+
+def gathered(mine) -> list:
+    """What every process has, in all of them."""
+    everybody = [mine] * world()
+    if world() > 1:
+        dist.all_gather_object(everybody, mine)
+    return everybody
+
+
+# ---------------------------------------------------------------------------------------------------------
 # One model: prompts, scores, correlations
 
 
 def evaluate(name: str, args: argparse.Namespace) -> dict:
     """Run the methods on one model, print its table, write its files. Returns what went into summary.json."""
     began = time.perf_counter()
-    model = models.from_pretrained(name, DTYPES[args.dtype], args.device)
+    model = models.from_pretrained(name, DTYPES[args.dtype], args.device, args.shard)
     if absent := [node for node in args.nodes if node not in model.nodes]:
         raise ValueError(f"{name} has no node {absent[0]!r}: choose from {', '.join(n for n in PATCHABLE if n in model.nodes)}")
     pairs = prompt_pairs(name, model, args)
-    print(f"\n{name}: {model.config.n_layers} layers, {len(pairs)} prompt pairs, {args.dtype} on {args.device}, ready after {time.perf_counter() - began:.1f} s")
-    scores, differs, values, seconds = score(name, model, pairs, args)
+    say(f"\n{name}: {model.config.n_layers} layers, {len(pairs)} prompt pairs, {args.dtype} on {args.device}, ready after {time.perf_counter() - began:.1f} s")
+    folder = Path(args.out) / f"{slug(name)}-{slug(Path(args.prompts).stem) if args.prompts else args.task}"
+    folder.mkdir(parents=True, exist_ok=True)
+    scores, differs, values, seconds = score(name, model, pairs, args, folder)
 
     summary = {
         "model": name,
@@ -154,15 +204,16 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
         "arguments": {key: str(value) if isinstance(value, (torch.device, models.Rules)) else value for key, value in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
-    folder = Path(args.out) / f"{slug(name)}-{slug(Path(args.prompts).stem) if args.prompts else args.task}"
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {f"{method}_{node}": value for (method, node), value in scores.items()}
-    save(folder / "scores.npz", lambda file: np.savez_compressed(file, **arrays, **prompt_arrays(pairs)))
-    save(folder / "summary.json", lambda file: file.write(json.dumps(without_nan(summary), indent=1).encode()))
-    if not args.no_plot:
-        save(folder / "heatmaps.png", lambda file: draw_heatmaps(file, name, scores, pairs, args))
-    print_table(name, summary, args)
-    print(f"  written to {folder}/")
+    if rank() == 0:
+        arrays = {f"{method}_{node}": value for (method, node), value in scores.items()}
+        save(folder / "scores.npz", lambda file: np.savez_compressed(file, **arrays, **prompt_arrays(pairs)))
+        save(folder / "summary.json", lambda file: file.write(json.dumps(without_nan(summary), indent=1).encode()))
+        if not args.no_plot:
+            save(folder / "heatmaps.png", lambda file: draw_heatmaps(file, name, scores, pairs, args))
+        print_table(name, summary, args)
+        print(f"  written to {folder}/")
+    for file in folder.glob(f"unfinished-{rank()}-*.npz"):
+        file.unlink()
     return summary
 
 
@@ -180,42 +231,84 @@ def prompt_pairs(name: str, model, args: argparse.Namespace) -> list[tasks.Pair]
     return pairs
 
 
-def score(name: str, model, pairs: list[tasks.Pair], args: argparse.Namespace) -> tuple[dict, dict, np.ndarray, dict]:
-    """Every method on every pair, batch by batch.
+def score(name: str, model, pairs: list[tasks.Pair], args: argparse.Namespace, folder: Path) -> tuple[dict, dict, np.ndarray, dict]:
+    """Every method on every pair, batch by batch; each process takes its share of a batch.
 
     Returns {(method, node): [n, layers, positions]} with NaN beyond a prompt's length, {node: the same, 1 where the two
     runs differ and 0 elsewhere}, the metric of both runs [n, 2], and {method: seconds}.
     """
     metric, longest = relp.METRICS[args.metric], max(len(p.original) for p in pairs)
-    prompts, runs = batch_sizes(args.batch_size, model.config, longest)
-    methods = {
-        "atp": lambda batch, _: relp.attribute(model, *batch, args.nodes, metric),
-        "relp": lambda batch, _: relp.attribute(model, *batch, args.nodes, metric, lrp=args.rules),
-        "ap": lambda batch, progress: relp.activation_patching(model, *batch, args.nodes, metric, runs, progress),
-    }
-    shape, kind = (len(pairs), model.config.n_layers, longest), np.float64 if args.dtype == "float64" else np.float32
-    scores = {(method, node): np.full(shape, np.nan, kind) for method in args.methods for node in args.nodes}
-    differs = {node: np.full(shape, np.nan, np.float32) for node in args.nodes}
-    values, seconds = np.empty((len(pairs), 2)), dict.fromkeys(args.methods, 0.0)
-    with tqdm(total=len(pairs), desc=name, unit=" pairs", leave=False, disable=None, delay=2, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
-        for rows in batches(pairs, prompts):
-            batch = [torch.tensor([getattr(pairs[i], part) for i in rows], device=args.device) for part in ("original", "patch", "answers")]
-            *both, where = relp.compare(model, *batch, args.nodes, metric)
-            values[rows] = torch.stack(both, dim=1).cpu()
-            done = bar.n
+    prompts, runs = batch_sizes(args.batch_size, model.config, longest, args.device)
+    parts, begun, seconds = [], [], dict.fromkeys(args.methods, 0.0)
+    with tqdm(total=len(pairs), desc=name, leave=False, disable=None if rank() == 0 else True, delay=2, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
+        for rows in batches(pairs, prompts * world()):
+            mine, done = share(rows), bar.n
+            batch = [torch.tensor([getattr(pairs[i], part) for i in mine], device=args.device) for part in ("original", "patch", "answers")]
+            *values, differs = relp.compare(model, *batch, args.nodes, metric)
+            values, results = torch.stack(values, dim=1), {("differs", node): where.float() for node, where in differs.items()}
             for method in args.methods:
                 bar.set_description(f"{name} {LABELS[method]}")
-                start = time.perf_counter()
-                result = methods[method](batch, lambda part: bar.update(done + part * len(rows) - bar.n))
-                result = {node: value.cpu() for node, value in result.items()}
-                seconds[method] += time.perf_counter() - start
-                for node, value in result.items():
-                    if not value.isfinite().all():
-                        raise ValueError(f"{name}: {LABELS[method]} gives scores that are not finite in {args.dtype}; try --dtype float32")
-                    scores[method, node][rows, :, : value.shape[2]] = value
-                    differs[node][rows, :, : value.shape[2]] = where[node].cpu()
+                began = time.perf_counter()
+                if method == "ap":
+                    pieces = Pieces.of(folder, begun, batch, values, args, runs)
+                    begun.append(pieces.path)
+                    scores = relp.activation_patching(model, *batch, args.nodes, metric, runs, pieces, lambda part: bar.update(done + part * len(rows) - bar.n))
+                    seconds["ap"] += pieces.seconds_before
+                else:
+                    scores = relp.attribute(model, *batch, args.nodes, metric, lrp=args.rules if method == "relp" else False)
+                results |= {(method, node): value.cpu() for node, value in scores.items()}
+                seconds[method] += time.perf_counter() - began
+            if not all(value.isfinite().all() for value in results.values()):
+                raise ValueError(f"{name}: scores that are not finite in {args.dtype}; try --dtype float32")
+            parts.append((mine, values.cpu().numpy(), {key: value.cpu().numpy() for key, value in results.items()}))
             bar.update(done + len(rows) - bar.n)
-    return scores, differs, values, seconds
+
+    values, scores = np.empty((len(pairs), 2)), {}
+    for theirs, their_seconds in gathered((parts, seconds)):
+        seconds = {method: max(seconds[method], their_seconds[method]) for method in seconds}
+        for rows, value, results in theirs:
+            values[rows] = value
+            for key, result in results.items():
+                whole = scores.setdefault(key, np.full((len(pairs), model.config.n_layers, longest), np.nan, result.dtype))
+                whole[rows, :, : result.shape[2]] = result
+    return {key: scores[key] for key in scores if key[0] != "differs"}, {node: scores["differs", node] for node in args.nodes}, values, seconds
+
+
+class Pieces(dict):
+    """AP's finished positions of one batch, {pos: effects}, kept in a file as they come for a run that is stopped and started again."""
+
+    @classmethod
+    def of(cls, folder: Path, begun: list[Path], batch: list[torch.Tensor], values: torch.Tensor, args: argparse.Namespace, runs: int) -> "Pieces":
+        """Those of an unfinished run of the same model on the same prompts: the same in all that its numbers depend on.
+
+        The metric's values on the batch stand for the weights: they come from a run through all of them. begun: the
+        files of this run's batches so far.
+        """
+        what = [x.tolist() for x in (*batch, values)] + [args.nodes, args.metric, args.dtype, str(args.device), runs, torch.__version__]
+        path = folder / f"unfinished-{rank()}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.npz"
+        others = [file for file in folder.glob(f"unfinished-{rank()}-*.npz") if file not in begun]
+        if others and path not in others:
+            say("  an unfinished run with other arguments is dropped: AP starts afresh")
+            for file in others:
+                file.unlink()
+        pieces = cls(path, args.device)
+        if args.shard:  # all processes go on from the same position
+            for pos in list(pieces)[min(gathered(len(pieces))) :]:
+                del pieces[pos]
+        return pieces
+
+    def __init__(self, path: Path, device):
+        self.path, self.seconds_before, self.began = path, 0.0, time.perf_counter()
+        if path.exists():
+            with np.load(path) as file:
+                self.seconds_before = float(file["seconds"])
+                super().__init__({int(pos): torch.from_numpy(file[pos]).to(device) for pos in file if pos != "seconds"})
+            say(f"  AP goes on with an unfinished run: {len(self)} positions of this batch are done")
+
+    def __setitem__(self, pos: int, effects: torch.Tensor) -> None:
+        super().__setitem__(pos, effects)
+        seconds = self.seconds_before + time.perf_counter() - self.began
+        save(self.path, lambda file: np.savez(file, seconds=seconds, **{str(pos): x.cpu().numpy() for pos, x in self.items()}))
 
 
 def batches(pairs: list[tasks.Pair], size: int):
@@ -226,13 +319,14 @@ def batches(pairs: list[tasks.Pair], size: int):
         yield from (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def batch_sizes(given: str, c: models.Config, length: int) -> tuple[int, int]:
-    """(prompts, patched runs) that go through the model together; auto keeps a batch's graph, or runs, near 2 GiB."""
+def batch_sizes(given: str, c: models.Config, length: int, device: torch.device) -> tuple[int, int]:
+    """(prompts, patched runs) that go through the model together; auto: as many as keep a batch's graph within the memory."""
     if given != "auto":
         return int(given), int(given)
+    memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**31
     per_token = 4 * (20 * c.d_model + 8 * c.d_mlp + 4 * c.n_heads * length)  # bytes of one layer's activations
-    runs = max(1, 2**31 // (per_token * length))
-    return max(1, runs // c.n_layers), min(runs, max(1, 8192 // length))
+    runs = max(1, memory // (per_token * length))
+    return max(1, runs // c.n_layers), min(runs, max(1, (2**16 if device.type == "cuda" else 2**13) // length))
 
 
 def correlations(scores: dict, differs: dict, groups: list[str], args: argparse.Namespace) -> dict:
@@ -408,10 +502,14 @@ def main(argv: list[str] | None = None) -> int:
             code = complain(ValueError(f"{name}: out of memory; try a smaller --batch-size, or --dtype bfloat16"))
         except (ValueError, OSError) as error:
             code = complain(error)
-    if len(summaries) > 1 and summaries[0]["pcc"]:
+        if code and world() > 1:
+            return code  # the other processes may be waiting for this one: torchrun ends them
+    if len(summaries) > 1 and summaries[0]["pcc"] and rank() == 0:
         print_overview(summaries, args)
         if not args.no_plot:
             save(Path(args.out) / "pcc.png", lambda file: draw_pcc(file, summaries, args))
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return code
 
 

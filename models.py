@@ -609,24 +609,31 @@ SHORT_NAMES = {
 }
 
 
-def from_pretrained(name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Transformer:
+def from_pretrained(name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", shard: bool = False) -> Transformer:
     """A model from a short name (SHORT_NAMES), a Hub repository "owner/name" or a local directory in Hugging Face layout.
 
     Its weights need no gradient and keep the checkpoint's values: nothing is folded or centred. ValueError, in one line,
     for an unknown name, no network, a gated or missing repository, a family that is not ours, a corrupt file, and
     tensors that are missing, unexpected or of the wrong shape.
+
+    shard: every process of torch.distributed keeps a part of each weight and gathers a block's just before it runs
+    (PyTorch's FSDP2). All of them must then make the same calls.
     """
     config = Config.from_hf(read_json(fetch(name, "config.json")))
     with torch.device("meta"):
         model = Transformer(config)
+    if shard:
+        shard_weights(model, torch.device(device).type)
     load_weights(model, weight_files(name), dtype, device)
     return model.requires_grad_(False).eval()
 
 
 def load_weights(model: Transformer, files: list[Path], dtype: torch.dtype, device) -> None:
     """Fill a model on the meta device tensor by tensor, strictly: every tensor it needs once, none that it does not know."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     table, c = layout(model), model.config
-    ours = dict(model.named_parameters())
+    ours, values = dict(model.named_parameters()), {}
     missing, unexpected = dict(table), []
     prefix = next(iter(table)).split(".")[0] + "."  # published GPT-2 checkpoints leave out "transformer."
     for file in files:
@@ -641,13 +648,26 @@ def load_weights(model: Transformer, files: list[Path], dtype: torch.dtype, devi
             if tensor.shape != wanted:
                 raise ValueError(f"{file}: {theirs} has the shape {list(tensor.shape)}, config.json asks for {list(wanted)}")
             for n, piece in zip(names, fix.load(tensor, len(names), c)):
-                value = torch.empty(piece.shape, dtype=dtype, device=device).copy_(piece)
-                module, _, kind = n.rpartition(".")
-                setattr(model.get_submodule(module), kind, nn.Parameter(value, requires_grad=False))
+                values[n] = torch.empty(piece.shape, dtype=dtype, device=device).copy_(piece)
+                if isinstance(ours[n], DTensor):
+                    values[n] = distribute_tensor(values[n], ours[n].device_mesh, ours[n].placements, src_data_rank=None)
             missing.pop(name, None)
     for what, them in (("lacks", list(missing)), ("has unexpected", unexpected)):
         if them:
             raise ValueError(f"the checkpoint {files[0].parent} {what} {len(them)} tensors: {', '.join(them[:4])}{', ...' * (len(them) > 4)}")
+    model.load_state_dict(values, assign=True)
+
+
+def shard_weights(model: Transformer, device: str) -> None:
+    """Share the weights out over the processes: a unit per block, one for the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh)
+    for method in ("embed", "unembed"):  # these are called without going through the model's forward
+        register_fsdp_forward_method(model, method)
 
 
 def read_tensors(file: Path):
