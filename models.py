@@ -111,13 +111,16 @@ class Run:
     """One forward pass as a block sees it: the rules in force, and the hook that every named node passes through."""
 
     rules: Rules
-    hook: object  # hook(name, layer, value) -> value, or None
+    hook: object  # hook(name, layer, value) -> value, or None; it sees the names in its attribute `nodes`, without one all
     layer: int
     start: int = 0  # the stream's first row is this position; keys and values before it come from the hook
     last: bool = False  # only the last position's output is wanted
 
+    def wants(self, name: str) -> bool:
+        return self.hook is not None and name in getattr(self.hook, "nodes", (name,))
+
     def __call__(self, name: str, value: Tensor) -> Tensor:
-        return value if self.hook is None else self.hook(name, self.layer, value)
+        return self.hook(name, self.layer, value) if self.wants(name) else value
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -193,12 +196,19 @@ class Attention(nn.Module):
         v = run("v", heads(self.v(x, run)))
         if c.n_kv_heads < c.n_heads:
             k, v = (y.repeat_interleave(c.n_heads // c.n_kv_heads, dim=2) for y in (k, v))
-        scores = upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * c.attn_scale
-        scores = softcap(scores, c.attn_softcap)
-        scores = scores.masked_fill(unseen(first, q.shape[1], k.shape[1], self.window, x.device), -torch.inf)
-        pattern = run("pattern", ah_rule(scores.softmax(-1).to(x.dtype), run.rules.ah))  # [b, query, h, key]
-        z = run("z", torch.einsum("bqhk,bkhd->bqhd", pattern, v))  # [b, t, n_heads, d_head]
-        return self.o(z.flatten(-2), run)
+        hidden = unseen(first, q.shape[1], k.shape[1], self.window, x.device)
+        if x.device.type in FUSED and c.attn_softcap is None and not run.wants("pattern"):
+            q, k, v = ah_rule(q, run.rules.ah).transpose(1, 2), ah_rule(k, run.rules.ah).transpose(1, 2), v.transpose(1, 2)
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden.squeeze(1), scale=c.attn_scale).transpose(1, 2)
+        else:
+            scores = upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * c.attn_scale
+            scores = softcap(scores, c.attn_softcap).masked_fill(hidden, -torch.inf)
+            pattern = run("pattern", ah_rule(scores.softmax(-1).to(x.dtype), run.rules.ah))  # [b, query, h, key]
+            z = torch.einsum("bqhk,bkhd->bqhd", pattern, v)
+        return self.o(run("z", z).flatten(-2), run)  # z [b, t, n_heads, d_head]
+
+
+FUSED = ("cuda",)  # devices where attention goes through one kernel unless the pattern is wanted; with q and k constant it is too
 
 
 def unseen(first: int, n_queries: int, n_keys: int, window: int | None, device) -> Tensor:
@@ -679,7 +689,11 @@ def read_tensors(file: Path):
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
+                sizes = {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+            # The file is mapped into memory anew for each tensor, the largest first: when most weights are in their
+            # place, little is mapped beside them.
+            for name in sorted(sizes, key=sizes.get, reverse=True):
+                with safe_open(file, framework="pt") as tensors:
                     yield name, tensors.get_tensor(name)
         else:
             yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()

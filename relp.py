@@ -76,10 +76,10 @@ def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False) -> tuple
     def hook(name, layer, value):
         if grad and not value.requires_grad:
             value = value.detach().requires_grad_()
-        if name in nodes:
-            kept[name, layer] = value
+        kept[name, layer] = value
         return value
 
+    hook.nodes = nodes
     with torch.set_grad_enabled(grad):
         return model.stream(tokens, lrp, hook), kept
 
@@ -176,9 +176,10 @@ def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor,
             if node == name:
                 return patch_acts[name, layer][prompts, pos : pos + 1]
             if node in ("k", "v"):
-                return torch.cat([acts[node, layer][prompts, :pos], value], dim=1)
+                value = torch.cat([acts[node, layer][prompts, :pos], value], dim=1)
             return value
 
+        hook.nodes = ("k", "v", name)
         return hook
 
     def patched_stream(name, layer, pos, prompts):

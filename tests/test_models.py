@@ -1,13 +1,17 @@
 """Every family against transformers, and the loading of checkpoints as they are found in the wild."""
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import CHECKPOINTS, FAMILIES, LLAMA3_ROPE
 from safetensors.torch import load_file, save_file
 
-from models import SHORT_NAMES, from_pretrained, to_checkpoint
+import relp
+from models import SHORT_NAMES, Config, Rules, Transformer, from_pretrained, to_checkpoint
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -76,6 +80,49 @@ def test_attn_out_and_mlp_out_are_what_is_added_to_the_stream(name, checkpoint, 
     for layer in range(model.config.n_layers):
         total = kept["resid_pre", layer] + kept["attn_out", layer] + kept["mlp_out", layer]
         torch.testing.assert_close(kept["resid_post", layer], total)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "qwen2-mha-tied-window", "qwen2", "gemma2-mha-no-caps", "llama"])
+def test_fused_attention_gives_the_same_results(name, checkpoint, tokens, monkeypatch):
+    """What CUDA does by default, on the CPU: logits, every rule set's scores, and runs that are resumed."""
+    model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
+    patch, answers, nodes = tokens.roll(1, 0), tokens[:, :2], ("resid_pre", "mlp_out")
+    results = []
+    for fused in ((), ("cpu",)):
+        monkeypatch.setattr("models.FUSED", fused)
+        scores = [relp.attribute(model, tokens, patch, answers, nodes, lrp=rules) for rules in (False, True, Rules(ah=True))]
+        scores.append(relp.activation_patching(model, tokens, patch, answers, nodes))
+        results.append([model(tokens), *(s[n] for s in scores for n in nodes)])
+    assert "pattern" in [n for n, _ in relp.record(model, tokens, ("pattern",))[1]]
+    for plain, fused in zip(*results):
+        torch.testing.assert_close(fused, plain, atol=1e-11, rtol=1e-11)
+
+
+MEASURE_LOADING = """
+import sys, torch, models, safetensors, torch.distributed.tensor
+from pathlib import Path
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
+
+before = peak()
+model = models.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of a process's memory")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_loading_needs_little_more_memory_than_the_weights(dtype, tmp_path):
+    hf = dict(model_type="gpt2", n_embd=1024, n_layer=4, n_head=4, n_positions=64, vocab_size=15000)
+    model = Transformer(Config.from_hf(hf))
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    save_file(to_checkpoint(model), tmp_path / "model.safetensors")
+    del model
+    measured = subprocess.run([sys.executable, "-c", MEASURE_LOADING, tmp_path, dtype], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    peak, weights = map(int, measured.stdout.split())
+    assert weights > 1.2e8
+    assert peak < 1.15 * weights + 5e7, (peak / weights, measured.stderr)  # 5e7: what Python imports on the way
 
 
 def test_nothing_stays_attached_after_an_exception(checkpoint, tokens):
