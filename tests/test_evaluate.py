@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -354,6 +355,11 @@ def test_a_process_writes_nothing_but_its_tables(tiny, tmp_path):
     assert "Traceback" not in run.stdout and "\r" not in run.stdout
 
 
+def label(value):
+    """A test's name: the words of its message, in place of words17."""
+    return " ".join(value) if isinstance(value, list) and all(isinstance(word, str) for word in value) else ""
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Bad input: exit code 2 and one line on stderr that names what is wrong
 
@@ -400,7 +406,7 @@ def refused(run, tmp_path):
     (["--prompts", "no-such-file.jsonl"], ["no-such-file.jsonl"]),
     (["--prompts", "."], ["directory"]),
     (["--frobnicate"], ["--frobnicate"]),
-])  # fmt: skip
+], ids=label)  # fmt: skip
 def test_arguments(arguments, words, tiny, refused):
     message = refused("--model", tiny["gpt2"], *arguments)
     assert all(word in message for word in words), message
@@ -424,7 +430,7 @@ def test_arguments(arguments, words, tiny, refused):
     ([{**IDS, "patch_answer": 1}], ["line 1", "differ"]),
     ([{**IDS, "original": "Then"}], ["line 1", "both"]),
     ([{**IDS, "original": [5] * 41, "patch": [6] * 41}], ["41", "40"]),  # the context
-])  # fmt: skip
+], ids=label)  # fmt: skip
 def test_prompt_files(rows, words, tiny, refused, tmp_path):
     message = refused("--model", tiny["gpt2"], "--prompts", jsonl(tmp_path / "bad.jsonl", *rows))
     assert all(word in message for word in words), message
@@ -569,7 +575,7 @@ WTE = "transformer.wte.weight"
     (content("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": [{}]}'), ["tokenizer.json"]),
     (content("tokenizer_config.json", "oops"), ["tokenizer_config.json"]),
     (content("tokenizer_config.json", '{"bos_token": ["a"]}'), ["tokenizer"]),
-])  # fmt: skip
+], ids=label)  # fmt: skip
 def test_checkpoints(change, words, broken):
     message = broken(change)
     assert all(word in message for word in words), message
@@ -618,6 +624,34 @@ def test_pickles(tiny, run, refused, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "old"])
+def test_damaged_weights(kind, tiny, tmp_path):
+    """A file with a few wrong bytes, or cut anywhere, loads (numbers only have changed) or ends in one line; nothing else."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny["gpt2"], folder)
+    file = folder / "model.safetensors"
+    if kind != "safetensors":
+        torch.save(load_file(file), folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "zip")
+        file.unlink()
+        file = folder / "pytorch_model.bin"
+    whole, rng, refusals = file.read_bytes(), random.Random(0), 0
+    for _ in range(100):
+        damaged = bytearray(whole)
+        if rng.random() < 0.3:
+            del damaged[rng.randrange(len(whole)) :]
+        else:  # in the header or the directory, at the file's two ends
+            for _ in range(rng.choice([1, 3, 30])):
+                damaged[rng.randrange(-3000, 3000)] = rng.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            models.from_pretrained(str(folder))
+        except ValueError as error:
+            refusals += 1
+            assert "\n" not in str(error) and "damaged" in str(error)
+    assert refusals > 30
+
+
 def test_no_network(refused, monkeypatch, tmp_path):
     with client(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache"):  # the discard port: closed
         assert "openai-community/gpt2" in (message := refused("--model", "gpt2")) and "network" in message
@@ -664,7 +698,8 @@ class FullDisk(io.FileIO):
 def test_a_full_disk_leaves_the_old_files_whole(file, how, tiny, run, tmp_path, monkeypatch):
     arguments = ["--model", tiny["gpt2"], tiny["gemma2"], "--n", 3, "--nodes", "mlp_out", *([] if file.endswith("png") else ["--no-plot"])]
     assert run(*arguments)[0] == 0
-    files = lambda: {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    # a failed run may keep the finished part of its work (unfinished-*) for the next one, which takes it away in the end
+    files = lambda: {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file() and not path.name.startswith("unfinished-")}
     before = files()
     assert len(before) == (7 if file.endswith("png") else 4)
 
@@ -679,6 +714,9 @@ def test_a_full_disk_leaves_the_old_files_whole(file, how, tiny, run, tmp_path, 
     after = files()
     assert after.keys() == before.keys()  # no debris
     assert all(after[path] == before[path] for path in after if path.name == file)
+    monkeypatch.undo()
+    assert run(*arguments, "--seed", 1)[0] == 0
+    assert not list((tmp_path / "out").rglob("unfinished-*")) and not list((tmp_path / "out").rglob(".*"))
 
 
 def test_a_killed_run_leaves_the_old_files_whole(tiny, run, tmp_path, monkeypatch):
@@ -697,3 +735,17 @@ def test_a_killed_run_leaves_the_old_files_whole(tiny, run, tmp_path, monkeypatc
         run(*arguments, "--seed", 1)
     assert (folder / "scores.npz").read_bytes() == before
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_a_damaged_unfinished_file_is_no_obstacle(tiny, run, results, tmp_path, monkeypatch):
+    """A run that is stopped leaves its finished part for the next one; if that file is damaged, the next one starts afresh."""
+    arguments = ["--n", 3, "--nodes", "resid_pre"]
+    _, wanted = results(tiny["gpt2"], *arguments)
+    with monkeypatch.context() as m:
+        m.setattr(np, "savez_compressed", lambda *a, **k: full_disk())
+        assert run("--model", tiny["gpt2"], *arguments, "--no-plot")[0] == 2
+    left = list((tmp_path / "out").rglob("unfinished-*"))
+    assert left
+    for file in left:
+        file.write_bytes(file.read_bytes()[:100])
+    same(results(tiny["gpt2"], *arguments)[1], wanted)

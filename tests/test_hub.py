@@ -389,16 +389,14 @@ def pairs_file(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("case", ["missing", "gated", "no network", "broken", "cut off"])
+@pytest.mark.parametrize("case", ["gated", "no network", "cut off"])
 def test_evaluate_ends_in_one_line(case, hub, pairs_file, tmp_path):
     fault, words = {
-        "missing": (None, "no repository on the Hub"),
         "gated": (refuse(403, "GatedRepo", "Access to model tiny/x is restricted."), "gated"),
         "no network": (None, "network"),
-        "broken": (refuse(500), "config.json"),
         "cut off": (cut_off_download, "model.safetensors"),
     }[case]
-    name = "tiny/absent" if case == "missing" else "tiny/whole"
+    name = "tiny/whole"
     hub.faults[name, "model.safetensors" if case == "cut off" else "config.json"] = fault
     url = hub.url if case != "no network" else "http://127.0.0.1:9"  # the discard port: closed
     run = evaluate("--model", name, "--prompts", pairs_file, "--out", tmp_path / "out", hub_url=url, home=tmp_path / "home")

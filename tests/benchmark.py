@@ -1,0 +1,198 @@
+"""How fast, and why: everything measured side by side in one run, as ratios with their spread. Run by hand:
+
+    python tests/benchmark.py                      GPT-2 small's size, 100 pairs of 15 tokens: about 20 minutes on two cores
+    python tests/benchmark.py --repeats 1 --grow   one round, and how AP's time grows with layers, positions and prompts
+
+The model has random weights: speed does not depend on what it has learned. Pairs are shaped like IOI prompts: they differ
+at B1, A and S2 under `swap`, at S2 alone under `s2`.
+"""
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import relp  # noqa: E402
+from models import Config, Transformer  # noqa: E402
+
+NODES = ("resid_pre", "attn_out", "mlp_out")
+PLACES = {"swap": (2, 4, 10), "s2": (10,)}  # BOS After B1 and A went to the PLACE , S2 gave a OBJECT END
+
+
+def random_model(layers, d_model, vocab, device):
+    torch.manual_seed(0)
+    hf = dict(model_type="gpt2", n_embd=d_model, n_layer=layers, n_head=d_model // 64, n_positions=1024, vocab_size=vocab)
+    return Transformer(Config.from_hf(hf)).requires_grad_(False).eval().to(device)
+
+
+def random_pairs(corruption, prompts, length, vocab, device):
+    original = torch.randint(vocab, (prompts, length))
+    patch = original.clone()
+    for place in PLACES[corruption]:
+        place = place * length // 15
+        patch[:, place] = (patch[:, place] + 1) % vocab
+    return original.to(device), patch.to(device), torch.randint(vocab, (prompts, 2), device=device)
+
+
+def seconds(f, device):
+    start = time.perf_counter()
+    f()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def spread(values, unit=""):
+    return f"{statistics.median(values):.3g}{unit} ({min(values):.3g} to {max(values):.3g})"
+
+
+@torch.no_grad()
+def plain_pass(model, original, patch_acts, layer, pos):
+    """What AP costs elsewhere, once per (node, layer, position): a whole forward pass with one activation overwritten."""
+
+    def hook(name, l, value):
+        if (name, l) == ("resid_pre", layer):
+            value = value.clone()
+            value[:, pos] = patch_acts["resid_pre", layer][:, pos]
+        return value
+
+    hook.nodes = ("resid_pre",)
+    return model(original, hook=hook)
+
+
+def matmul_rate(c, rows, device):
+    """Floating-point operations per second of the machine's matrix product, at the shape of an MLP's."""
+    x, w = torch.randn(rows, c.d_model, device=device), torch.randn(c.d_mlp, c.d_model, device=device)
+    product = lambda: [torch.mm(x, w.T) for _ in range(10)]
+    product()
+    return 10 * 2 * rows * c.d_model * c.d_mlp / min(seconds(product, device) for _ in range(5))
+
+
+def bench_ap(model, corruption, args, device):
+    c, batch = model.config, random_pairs(corruption, args.prompts, args.length, model.config.n_vocab, device)
+    rows = (2**13 if device.type == "cpu" else 2**16) // args.length
+    run = lambda: relp.activation_patching(model, *batch, NODES, rows=rows)
+    _, patch_acts = relp.record(model, batch[1], ("resid_pre",))
+    passes = len(NODES) * c.n_layers * args.length
+    with FlopCounterMode(display=False) as counter:  # the work is the same for every prompt: counted on a few
+        few = min(4, args.prompts)
+        relp.activation_patching(model, *(x[:few] for x in batch), NODES)
+    flops = counter.get_total_flops() * args.prompts / few
+    ratios, rates = [], []
+    for _ in range(args.repeats):
+        plain = [seconds(lambda: plain_pass(model, batch[0], patch_acts, layer, 3), device) for layer in (0, c.n_layers // 2)]
+        rate = matmul_rate(c, args.prompts * args.length, device)
+        ap = seconds(run, device)
+        plain += [seconds(lambda: plain_pass(model, batch[0], patch_acts, layer, 3), device) for layer in (1, c.n_layers - 1)]
+        ratios.append(statistics.mean(plain) * passes / ap)
+        rates.append(flops / ap / statistics.mean([rate, matmul_rate(c, args.prompts * args.length, device)]))
+        print(f"    AP {ap:.1f} s; one plain pass {statistics.mean(plain):.2f} s (4 timed), times {passes} passes (extrapolated) {statistics.mean(plain) * passes:.0f} s", flush=True)
+    print(f"  AP, {corruption}: {spread(ratios, 'x')} faster than the plain loop; at {spread([100 * r for r in rates], ' %')} of the matmul rate measured beside it", flush=True)
+
+
+def bench_relp(model, args, device):
+    batch = random_pairs("swap", args.prompts, args.length, model.config.n_vocab, device)
+    relevance = lambda: relp.attribute(model, *batch, NODES, lrp=True)
+    attribution = lambda: relp.attribute(model, *batch, NODES)
+
+    @torch.no_grad()
+    def forward():
+        model(batch[0])
+
+    for f in (forward, relevance, attribution):
+        f()
+    times = [[seconds(f, device) for f in (forward, relevance, attribution)] for _ in range(5 * args.repeats)]
+    print(f"  one plain forward pass {spread([t[0] for t in times], ' s')}")
+    print(f"  RelP, whole: {spread([r / f for f, r, _ in times], 'x')} a plain forward pass; {spread([r / a for _, r, a in times], 'x')} AtP", flush=True)
+
+
+def peak(f, device):
+    """Bytes that f needs at its peak beyond what is there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return torch.cuda.max_memory_allocated() - before
+    status = lambda key: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is counted from here
+    before = status("VmRSS")
+    f()
+    return status("VmHWM") - before
+
+
+def bench_memory(model, args, device):
+    batch = random_pairs("swap", args.prompts, args.length, model.config.n_vocab, device)
+    graph = max(1, peak(lambda: relp.record(model, batch[0], ("resid_pre",), grad=True), device))
+    of_relp, of_atp = (peak(lambda: relp.attribute(model, *batch, NODES, lrp=lrp), device) for lrp in (True, False))
+    of_ap = peak(lambda: relp.activation_patching(model, *(x[:10] for x in batch), NODES), device)
+    print(f"  peak memory beyond the weights: forward pass with a graph {graph / 2**20:.0f} MiB; RelP {of_relp / graph:.2f}x, AtP {of_atp / graph:.2f}x that; AP on 10 prompts {of_ap / 2**20:.0f} MiB", flush=True)
+
+
+def bench_growth(args, device):
+    base = dict(layers=6, length=15, prompts=40)
+    print("  how AP's time grows (swap, 256 wide, 6 layers, 15 positions, 40 prompts, one of them changed):")
+    for what, values in {"layers": (3, 6, 12), "length": (15, 30, 60), "prompts": (20, 40, 80)}.items():
+        times = []
+        for value in values:
+            size = {**base, what: value}
+            model = random_model(size["layers"], 256, 1000, device)
+            batch = random_pairs("swap", size["prompts"], size["length"], 1000, device)
+            run = lambda: relp.activation_patching(model, *batch, NODES)
+            run()
+            times.append(min(seconds(run, device) for _ in range(3)))
+        print(f"    {what:8}" + "".join(f"{v:>6}: {t / times[0]:5.1f}x" for v, t in zip(values, times)), flush=True)
+
+
+def bench_transformer_lens(args, device):
+    """The field's standard library on a model of the same size: one of its patched passes against one of ours."""
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+    except ImportError:
+        print("  transformer_lens is not installed: not compared")
+        return
+    config = HookedTransformerConfig(
+        n_layers=args.layers, d_model=args.d_model, n_ctx=1024, d_head=64, d_vocab=args.vocab, act_fn="gelu_new", normalization_type="LNPre", device=str(device)
+    )
+    theirs, ours = HookedTransformer(config), random_model(args.layers, args.d_model, args.vocab, device)
+    original, patch, _ = random_pairs("swap", args.prompts, args.length, args.vocab, device)
+    _, patch_acts = relp.record(ours, patch, ("resid_pre",))
+
+    def overwrite(value, hook):
+        value[:, 3] = patch_acts["resid_pre", 1][:, 3]
+        return value
+
+    @torch.no_grad()
+    def their_pass():
+        theirs.run_with_hooks(original, fwd_hooks=[("blocks.1.hook_resid_pre", overwrite)])
+
+    their_pass()
+    times = [(seconds(their_pass, device), seconds(lambda: plain_pass(ours, original, patch_acts, 1, 3), device)) for _ in range(3 * args.repeats)]
+    print(f"  transformer_lens: one patched pass takes {spread([a / b for a, b in times], 'x')} one plain pass here")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in dict(layers=12, d_model=768, vocab=50257, prompts=100, length=15, repeats=3).items():
+        p.add_argument("--" + name.replace("_", "-"), type=int, default=default)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--grow", action="store_true", help="measure the growth with layers, positions and prompts as well")
+    args = p.parse_args()
+    device = torch.device(args.device)
+    model = random_model(args.layers, args.d_model, args.vocab, device)
+    print(f"{args.layers} layers, {args.d_model} wide, {args.prompts} pairs of {args.length} tokens, float32, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    bench_relp(model, args, device)
+    bench_memory(model, args, device)
+    for corruption in PLACES:
+        bench_ap(model, corruption, args, device)
+    bench_transformer_lens(args, device)
+    if args.grow:
+        bench_growth(args, device)
+
+
+if __name__ == "__main__":
+    main()
