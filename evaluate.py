@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(
         prog="evaluate.py",
+        usage="python evaluate.py [options]",
         description="Compare AtP and RelP with activation patching on prompt pairs; print the table, draw the maps, save the numbers.",
         epilog="example: python evaluate.py --model gpt2 pythia-70m --n 50 --corruption s2 --rules ln,identity,epsilon=1e-4",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -66,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="of the choice of prompts")
     p.add_argument("--corruption", default="swap", metavar="swap|s2", help="exchange both names, or the second mention alone")
     p.add_argument("--metric", default="logit_diff", metavar="|".join(relp.METRICS), help="what is patched for")
-    p.add_argument("--nodes", default=",".join(NODES), metavar="LIST", help=f"of {','.join(PATCHABLE)}")
+    p.add_argument("--nodes", default=",".join(NODES), metavar="LIST", help=f"of {', '.join(PATCHABLE)}")
     p.add_argument("--methods", default=",".join(LABELS), metavar="LIST", help="of ap,atp,relp")
     p.add_argument("--rules", default="paper", metavar="RULES", help="paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -78,6 +80,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--no-plot", action="store_true", help="draw nothing")
     args = p.parse_args(argv)
     args.model = [name for given in args.model for name in (TABLE_5 if given == "paper" else [given])]
+    args.model, taken = list(dict.fromkeys(args.model)), {}
+    for name in args.model:
+        if taken.setdefault(slug(name), name) != name:
+            raise ValueError(f"{taken[slug(name)]} and {name} would write to one folder, {slug(name)}: give them different names, or run them apart")
     args.nodes = choices("node", args.nodes, PATCHABLE)
     args.methods = choices("method", args.methods, LABELS)
     args.rules = parse_rules(args.rules)
@@ -127,7 +133,7 @@ def parse_rules(text: str) -> bool | models.Rules:
 def parse_device(text: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the meta device can do the first, not the second
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {text!r} cannot be used here: {models.first_line(error)}") from None
     return device
@@ -172,7 +178,10 @@ def gathered(mine) -> list:
     """What every process has, in all of them."""
     everybody = [mine] * world()
     if world() > 1:
-        dist.all_gather_object(everybody, mine)
+        try:
+            dist.all_gather_object(everybody, mine)
+        except RuntimeError:
+            raise ValueError("another process has stopped") from None
     return everybody
 
 
@@ -300,9 +309,13 @@ class Pieces(dict):
     def __init__(self, path: Path, device):
         self.path, self.seconds_before, self.began = path, 0.0, time.perf_counter()
         if path.exists():
-            with np.load(path) as file:
-                self.seconds_before = float(file["seconds"])
-                super().__init__({int(pos): torch.from_numpy(file[pos]).to(device) for pos in file if pos != "seconds"})
+            try:
+                with np.load(path) as file:
+                    self.seconds_before = float(file["seconds"])
+                    super().__init__({int(pos): torch.from_numpy(file[pos]).to(device) for pos in file if pos != "seconds"})
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                say("  an unfinished run was kept in a damaged file: AP starts afresh")
+                return
             say(f"  AP goes on with an unfinished run: {len(self)} positions of this batch are done")
 
     def __setitem__(self, pos: int, effects: torch.Tensor) -> None:
@@ -494,24 +507,34 @@ def main(argv: list[str] | None = None) -> int:
         tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
         return complain(ValueError(f"cannot write results to {args.out}: {error.strerror}"))
-    summaries, code = [], 0
+    summaries, code, said = [], 0, set()
     for name in args.model:
         try:
             summaries.append(evaluate(name, args))
         except torch.OutOfMemoryError:
             code = complain(ValueError(f"{name}: out of memory; try a smaller --batch-size, or --dtype bfloat16"))
         except (ValueError, OSError) as error:
-            code = complain(error)
+            code, text = 2, models.first_line(error)
+            if text not in said:  # a mistake in the prompts is said once, not once per model
+                complain(ValueError(text if name in text else f"{name}: {text}"))
+            said.add(text)
         if code and world() > 1:
             return code  # the other processes may be waiting for this one: torchrun ends them
     if len(summaries) > 1 and summaries[0]["pcc"] and rank() == 0:
         print_overview(summaries, args)
         if not args.no_plot:
-            save(Path(args.out) / "pcc.png", lambda file: draw_pcc(file, summaries, args))
+            try:
+                save(Path(args.out) / "pcc.png", lambda file: draw_pcc(file, summaries, args))
+            except ValueError as error:
+                code = complain(error)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("evaluate.py: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import unicodedata
+import zipfile
 from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
@@ -178,6 +179,9 @@ class RMSNorm(nn.Module):
         return (ln_rule(upcast(x), self.eps, run.rules.ln) * (self.offset + upcast(self.weight))).to(x.dtype)
 
 
+FUSED = ("cuda",)  # where attention is one kernel unless somebody wants the pattern, which is constant where q and k are
+
+
 class Attention(nn.Module):
     def __init__(self, c: "Config", layer: int):
         super().__init__()
@@ -206,9 +210,6 @@ class Attention(nn.Module):
             pattern = run("pattern", ah_rule(scores.softmax(-1).to(x.dtype), run.rules.ah))  # [b, query, h, key]
             z = torch.einsum("bqhk,bkhd->bqhd", pattern, v)
         return self.o(run("z", z).flatten(-2), run)  # z [b, t, n_heads, d_head]
-
-
-FUSED = ("cuda",)  # devices where attention goes through one kernel unless the pattern is wanted; with q and k constant it is too
 
 
 def unseen(first: int, n_queries: int, n_keys: int, window: int | None, device) -> Tensor:
@@ -411,24 +412,40 @@ class Config:
     def rotary_dim(self) -> int:
         return 2 * len(self.rotary_freqs)
 
+    def check(self) -> None:
+        """ValueError where a value, as config.json gave it, cannot be."""
+        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and x > 0
+        size = lambda x: number(x) and isinstance(x, int)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not size(value):
+                raise ValueError(f"config.json of a {self.family} model gives {field.name} = {value!r}: a positive whole number is needed")
+            if field.name in ("eps", "attn_scale") and not number(value) or field.name in ("attn_softcap", "logit_softcap") and not (value is None or number(value)):
+                raise ValueError(f"config.json of a {self.family} model gives {field.name} = {value!r}: a positive number is needed")
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"config.json of a {self.family} model gives {field.name} = {value!r}: true or false is needed")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"config.json of a {self.family} model gives {self.n_heads} heads for {self.n_kv_heads} key-value heads: not a multiple")
+        if len(self.windows) != self.n_layers or not all(w is None or size(w) for w in self.windows):
+            raise ValueError(f"config.json of a {self.family} model gives the attention windows {list(self.windows)} for {self.n_layers} layers")
+        if not all(isinstance(f, float) and math.isfinite(f) for f in self.rotary_freqs) or self.rotary_dim > self.d_head or (self.rotary_dim == 0) != (self.family == "gpt2"):
+            raise ValueError(f"config.json of a {self.family} model gives rotary frequencies that cannot be for heads of {self.d_head} dimensions")
+        if self.act not in list(GATES):
+            raise ValueError(f"activation {self.act!r} is not supported: this project knows {', '.join(GATES)}")
+
     @staticmethod
     def from_hf(c: dict) -> "Config":
         """The fields of a Hugging Face config.json, as transformers 4 or 5 writes it. ValueError where it is not one of ours."""
         family = c.get("model_type")
-        if family not in CONFIGS:
+        if not isinstance(family, str) or family not in CONFIGS:
             raise ValueError(f"model_type {family!r} is not supported: this project knows {', '.join(CONFIGS)}")
         try:
             config = Config(family=family, **CONFIGS[family](c))
         except KeyError as error:
             raise ValueError(f"config.json of a {family} model lacks the field {error}") from None
-        except TypeError as error:
+        except (TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"config.json of a {family} model has a field of the wrong type: {error}") from None
-        if wrong := [f.name for f in fields(config) if f.type is int and not (isinstance(getattr(config, f.name), int) and getattr(config, f.name) > 0)]:
-            raise ValueError(f"config.json of a {family} model gives {wrong[0]} = {getattr(config, wrong[0])!r}: a positive whole number is needed")
-        if config.n_heads % config.n_kv_heads:
-            raise ValueError(f"config.json of a {family} model gives {config.n_heads} heads for {config.n_kv_heads} key-value heads: not a multiple")
-        if config.act not in GATES:
-            raise ValueError(f"activation {config.act!r} is not supported: this project knows {', '.join(GATES)}")
+        config.check()
         return config
 
 
@@ -695,33 +712,44 @@ def read_tensors(file: Path):
             for name in sorted(sizes, key=sizes.get, reverse=True):
                 with safe_open(file, framework="pt") as tensors:
                     yield name, tensors.get_tensor(name)
-        else:
-            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
-    except (SafetensorError, RuntimeError, EOFError, AttributeError, UnpicklingError) as error:
+        else:  # published ones from before torch 1.6 are no zip archives, which alone can be mapped
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+                raise RuntimeError("not a dictionary of named tensors")
+            yield from content.items()
+    except Exception as error:  # a damaged pickle can run into anything
         raise ValueError(f"{file} is corrupt, cut off, or holds more than tensors: {first_line(error)}") from None
 
 
 def weight_files(name: str) -> list[Path]:
     """The checkpoint's weights: one file, or the shards that an index names; safetensors before pickles."""
+    absent = []
     for file in ("model.safetensors", "pytorch_model.bin"):
         try:
             return [fetch(name, file)]
-        except MissingFile:
-            pass
+        except (MissingFile, Unreachable) as error:
+            absent.append(error)
         try:
             index = fetch(name, file + ".index.json")
-        except MissingFile as error:
-            absent = error
+        except (MissingFile, Unreachable) as error:
+            absent.append(error)
             continue
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
+        if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
             raise ValueError(f"{index} has no weight_map that names the shards")
         return [fetch(name, shard) for shard in sorted(set(shards.values()))]
-    raise ValueError(f"{name}: no weights (model.safetensors or pytorch_model.bin, whole or sharded): {absent}")
+    for error in absent:
+        if isinstance(error, Unreachable):
+            raise error
+    raise ValueError(f"{name} has no weights (model.safetensors or pytorch_model.bin, whole or sharded)")
 
 
 class MissingFile(ValueError):
     """A checkpoint has no such file."""
+
+
+class Unreachable(ValueError):
+    """A file of a repository is not in the cache and could not be asked for: whether there is one is not known."""
 
 
 def fetch(name: str, file: str) -> Path:
@@ -733,8 +761,10 @@ def fetch(name: str, file: str) -> Path:
         return Path(name) / file
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise ValueError(f"unknown model {name!r}: give one of {', '.join(SHORT_NAMES)}, a Hub repository owner/name, or a directory")
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
 
+    if try_to_load_from_cache(name, file) is _CACHED_NO_EXIST:  # at the commit in use; asking again takes long without a network
+        raise MissingFile(f"the repository {name} has no file {file}")
     try:
         return Path(hf_hub_download(name, file))
     except errors.GatedRepoError:
@@ -742,10 +772,10 @@ def fetch(name: str, file: str) -> Path:
     except errors.RepositoryNotFoundError:
         raise ValueError(f"{name} is no directory here and no repository on the Hub, or a private one: `hf auth login` opens your own") from None
     except errors.LocalEntryNotFoundError:
-        raise MissingFile(f"{file} of {name} is not in the cache and the Hub cannot be reached: check the network, or give a directory") from None
+        raise Unreachable(f"{file} of {name} is not in the cache and the Hub cannot be reached: check the network, or give a directory") from None
     except errors.EntryNotFoundError:
         raise MissingFile(f"the repository {name} has no file {file}") from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except Exception as error:  # OSError, or one of the HTTP library's own (httpx or httpx2: huggingface_hub's version decides)
         raise ValueError(f"downloading {file} of {name} failed: {first_line(error)}") from None
 
 
@@ -754,7 +784,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"a JSON object was expected, not a {type(content).__name__}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {first_line(error)}") from None
     return content
 
@@ -866,6 +896,8 @@ class Tokenizer:
             return cls(spec, config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        except (TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} is malformed: {type(error).__name__}: {first_line(error)}") from None
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. Added tokens in it, such as "<|endoftext|>", are recognized; no BOS is put in front."""
