@@ -145,7 +145,7 @@ def compare(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metr
 
 
 @torch.no_grad()
-def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, rows=512, pieces=None, progress=None) -> dict[str, Tensor]:
+def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, rows=64, pieces=None, progress=None) -> dict[str, Tensor]:
     """AP (Eq. 1), exact: one (layer, position) of one node at a time, from the patch run into the original run.
 
     A patch at (layer, pos) changes nothing before that layer and nothing before that position. So a patched run is the

@@ -7,6 +7,7 @@ The model has random weights: speed does not depend on what it has learned. Pair
 at B1, A and S2 under `swap`, at S2 alone under `s2`.
 """
 import argparse
+import multiprocessing
 import statistics
 import sys
 import time
@@ -75,7 +76,7 @@ def matmul_rate(c, rows, device):
 
 def bench_ap(model, corruption, args, device):
     c, batch = model.config, random_pairs(corruption, args.prompts, args.length, model.config.n_vocab, device)
-    rows = (2**13 if device.type == "cpu" else 2**16) // args.length
+    rows = (2**10 if device.type == "cpu" else 2**16) // args.length
     run = lambda: relp.activation_patching(model, *batch, NODES, rows=rows)
     _, patch_acts = relp.record(model, batch[1], ("resid_pre",))
     passes = len(NODES) * c.n_layers * args.length
@@ -111,26 +112,36 @@ def bench_relp(model, args, device):
     print(f"  RelP, whole: {spread([r / f for f, r, _ in times], 'x')} a plain forward pass; {spread([r / a for _, r, a in times], 'x')} AtP", flush=True)
 
 
-def peak(f, device):
-    """Bytes that f needs at its peak beyond what is there before it."""
+def peak(what, args):
+    """Bytes that `what` needs at its peak beyond the model and the prompts; on the CPU to be called in a process of its own."""
+    device = torch.device(args.device)
+    model, batch = random_model(args.layers, args.d_model, args.vocab, device), random_pairs("swap", args.prompts, args.length, args.vocab, device)
+    run = {
+        "graph": lambda: relp.record(model, batch[0], ("resid_pre",), grad=True),
+        "relp": lambda: relp.attribute(model, *batch, NODES, lrp=True),
+        "atp": lambda: relp.attribute(model, *batch, NODES),
+        "ap": lambda: relp.activation_patching(model, *batch, NODES),
+    }[what]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        f()
+        run()
         return torch.cuda.max_memory_allocated() - before
     status = lambda key: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is counted from here
     before = status("VmRSS")
-    f()
+    run()
     return status("VmHWM") - before
 
 
-def bench_memory(model, args, device):
-    batch = random_pairs("swap", args.prompts, args.length, model.config.n_vocab, device)
-    graph = max(1, peak(lambda: relp.record(model, batch[0], ("resid_pre",), grad=True), device))
-    of_relp, of_atp = (peak(lambda: relp.attribute(model, *batch, NODES, lrp=lrp), device) for lrp in (True, False))
-    of_ap = peak(lambda: relp.activation_patching(model, *(x[:10] for x in batch), NODES), device)
-    print(f"  peak memory beyond the weights: forward pass with a graph {graph / 2**20:.0f} MiB; RelP {of_relp / graph:.2f}x, AtP {of_atp / graph:.2f}x that; AP on 10 prompts {of_ap / 2**20:.0f} MiB", flush=True)
+def bench_memory(args):
+    """Each in a fresh process, since an allocator keeps what it has been given."""
+    fresh = multiprocessing.get_context("spawn")
+    used = {}
+    for what in ("graph", "relp", "atp", "ap"):
+        with fresh.Pool(1) as pool:
+            used[what] = pool.apply(peak, (what, args))
+    times = ", ".join(f"{what} {used[what] / used['graph']:.2f}x" for what in ("relp", "atp", "ap"))
+    print(f"  peak memory beyond the weights: one forward pass with its graph {used['graph'] / 2**20:.0f} MiB; {times} that", flush=True)
 
 
 def bench_growth(args, device):
@@ -186,7 +197,7 @@ def main():
     model = random_model(args.layers, args.d_model, args.vocab, device)
     print(f"{args.layers} layers, {args.d_model} wide, {args.prompts} pairs of {args.length} tokens, float32, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
     bench_relp(model, args, device)
-    bench_memory(model, args, device)
+    bench_memory(args)
     for corruption in PLACES:
         bench_ap(model, corruption, args, device)
     bench_transformer_lens(args, device)
