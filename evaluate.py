@@ -261,7 +261,7 @@ def score(name: str, model, pairs: list[tasks.Pair], args: argparse.Namespace, f
                 if method == "ap":
                     pieces = Pieces.of(folder, begun, batch, values, args, runs)
                     begun.append(pieces.path)
-                    scores = relp.activation_patching(model, *batch, args.nodes, metric, runs, pieces, lambda part: bar.update(done + part * len(rows) - bar.n))
+                    scores = relp.activation_patching(model, *batch, args.nodes, metric, runs, pieces, lambda part: bar.update(done + part * len(rows) - bar.n), args.shard)
                     seconds["ap"] += pieces.seconds_before
                 else:
                     scores = relp.attribute(model, *batch, args.nodes, metric, lrp=args.rules if method == "relp" else False)
@@ -284,7 +284,7 @@ def score(name: str, model, pairs: list[tasks.Pair], args: argparse.Namespace, f
 
 
 class Pieces(dict):
-    """AP's finished positions of one batch, {pos: effects}, kept in a file as they come for a run that is stopped and started again."""
+    """AP's finished positions of one batch, {pos: {node: effects}}, kept in a file as they come for a run that is stopped and started again."""
 
     @classmethod
     def of(cls, folder: Path, begun: list[Path], batch: list[torch.Tensor], values: torch.Tensor, args: argparse.Namespace, runs: int) -> "Pieces":
@@ -302,7 +302,7 @@ class Pieces(dict):
                 file.unlink()
         pieces = cls(path, args.device)
         if args.shard:  # all processes go on from the same position
-            for pos in list(pieces)[min(gathered(len(pieces))) :]:
+            for pos in sorted(pieces)[min(gathered(len(pieces))) :]:
                 del pieces[pos]
         return pieces
 
@@ -312,16 +312,19 @@ class Pieces(dict):
             try:
                 with np.load(path) as file:
                     self.seconds_before = float(file["seconds"])
-                    super().__init__({int(pos): torch.from_numpy(file[pos]).to(device) for pos in file if pos != "seconds"})
+                    for key in file.keys() - {"seconds"}:
+                        pos, node = key.split("-")
+                        self.setdefault(int(pos), {})[node] = torch.from_numpy(file[key]).to(device)
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                self.clear()
                 say("  an unfinished run was kept in a damaged file: AP starts afresh")
                 return
             say(f"  AP goes on with an unfinished run: {len(self)} positions of this batch are done")
 
-    def __setitem__(self, pos: int, effects: torch.Tensor) -> None:
+    def __setitem__(self, pos: int, effects: dict[str, torch.Tensor]) -> None:
         super().__setitem__(pos, effects)
-        seconds = self.seconds_before + time.perf_counter() - self.began
-        save(self.path, lambda file: np.savez(file, seconds=seconds, **{str(pos): x.cpu().numpy() for pos, x in self.items()}))
+        arrays = {f"{pos}-{node}": value.cpu().numpy() for pos, of_nodes in self.items() for node, value in of_nodes.items()}
+        save(self.path, lambda file: np.savez(file, seconds=self.seconds_before + time.perf_counter() - self.began, **arrays))
 
 
 def batches(pairs: list[tasks.Pair], size: int):

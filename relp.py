@@ -65,6 +65,10 @@ def read_out(model, stream: Tensor, answers: Tensor, metric=logit_diff, lrp=Fals
 # ---------------------------------------------------------------------------------------------------------
 # AtP and RelP
 
+# Node kinds that are the parts of a node, each scored by itself: heads of z, neurons of the MLP. The parts lie along the
+# first axis behind batch and pos. All other kinds are whole nodes.
+PARTS_OF = {"head": "z", "neuron": "mlp_hidden"}
+
 
 def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False) -> tuple[Tensor, dict]:
     """One forward pass: the final residual stream, and the nodes' activations {(name, layer): [batch, pos, ...]}.
@@ -79,7 +83,7 @@ def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False) -> tuple
         kept[name, layer] = value
         return value
 
-    hook.nodes = nodes
+    hook.nodes = {PARTS_OF.get(name, name) for name in nodes}
     with torch.set_grad_enabled(grad):
         return model.stream(tokens, lrp, hook), kept
 
@@ -87,18 +91,18 @@ def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False) -> tuple
 def attribute(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, lrp=False) -> dict[str, Tensor]:
     """AtP (lrp=False, Eq. 2) or RelP (lrp=True: the paper's rules, or a set of rules; Eq. 3).
 
-    original, patch [batch, pos] and answers [batch, 2] are token ids. Returns {node: [batch, layer, pos]} in float32 or
-    better, in the metric's unit. Two forward passes, one backward pass, no gradient of any weight.
+    original, patch [batch, pos] and answers [batch, 2] are token ids. Returns {node: [batch, layer, pos]}, for the kinds
+    in PARTS_OF [batch, layer, pos, part], in float32 or better and in the metric's unit. Two forward passes, one
+    backward pass, no gradient of any weight.
     """
     check(model, original, patch, answers, nodes)
     _, patch_acts = record(model, patch, nodes)
     stream, acts = record(model, original, nodes, lrp, grad=True)
     with torch.enable_grad():
         value = read_out(model, stream, answers, metric, lrp).sum()  # prompts are independent: one backward serves all
-    rho = dict(zip(acts, torch.autograd.grad(value, list(acts.values()), allow_unused=True)))
-    none = torch.zeros(original.shape, device=original.device)  # no path from the node to the metric
-    score = {key: none if rho[key] is None else dot(difference(acts[key], patch_acts[key]), rho[key]) for key in acts}
-    return by_layer(score, nodes)
+    rho = dict(zip(acts, torch.autograd.grad(value, list(acts.values()), materialize_grads=True)))
+    score = lambda name, key: dot(difference(acts[key], patch_acts[key]), rho[key], parts=name in PARTS_OF)
+    return by_layer(model, nodes, score)
 
 
 def difference(original: Tensor, patch: Tensor) -> Tensor:
@@ -107,19 +111,20 @@ def difference(original: Tensor, patch: Tensor) -> Tensor:
     return patch.detach().to(dtype) - original.detach().to(dtype)
 
 
-def changed(original: Tensor, patch: Tensor) -> Tensor:
-    """[batch, pos]: True where a node's activations differ between the two runs. Elsewhere every method scores exactly 0."""
-    return (patch != original).flatten(2).any(-1)
+def dot(delta: Tensor, rho: Tensor, parts: bool = False) -> Tensor:
+    """delta . rho over everything behind batch and pos, or behind batch, pos and part."""
+    return (delta * rho).unsqueeze(-1).flatten(2 + parts).sum(-1)
 
 
-def dot(delta: Tensor, rho: Tensor) -> Tensor:
-    """delta . rho over everything behind batch and pos."""
-    return (delta * rho).flatten(2).sum(-1)
+def changed(original: Tensor, patch: Tensor, parts: bool = False) -> Tensor:
+    """[batch, pos] or [batch, pos, part]: True where the two runs differ. Elsewhere every method scores exactly 0."""
+    return (patch != original).unsqueeze(-1).flatten(2 + parts).any(-1)
 
 
-def by_layer(values: dict, nodes) -> dict[str, Tensor]:
-    """{(name, layer): [batch, pos]} -> {name: [batch, layer, pos]}"""
-    return {name: torch.stack([v for (n, _), v in values.items() if n == name], dim=1) for name in nodes}
+def by_layer(model, nodes, value) -> dict[str, Tensor]:
+    """{name: [batch, layer, pos, ...]} of value(name, (node, layer)) -> [batch, pos, ...]."""
+    layers = range(model.config.n_layers)
+    return {name: torch.stack([value(name, (PARTS_OF.get(name, name), layer)) for layer in layers], dim=1) for name in nodes}
 
 
 def check(model, original, patch, answers, nodes) -> None:
@@ -127,8 +132,8 @@ def check(model, original, patch, answers, nodes) -> None:
         raise ValueError(f"original and patch must have one shape, got {list(original.shape)} and {list(patch.shape)}")
     if answers.shape != (len(original), 2):
         raise ValueError(f"answers must have the shape [{len(original)}, 2], got {list(answers.shape)}")
-    if unknown := [name for name in nodes if name not in model.nodes]:
-        raise ValueError(f"unknown node {unknown[0]!r}: this model has {', '.join(model.nodes)}")
+    if unknown := [name for name in nodes if PARTS_OF.get(name, name) not in model.nodes]:
+        raise ValueError(f"unknown node {unknown[0]!r}: this model has {', '.join((*model.nodes, *PARTS_OF))}")
 
 
 def compare(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff) -> tuple[Tensor, Tensor, dict]:
@@ -137,7 +142,7 @@ def compare(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metr
     stream, acts = record(model, original, nodes)
     patch_stream, patch_acts = record(model, patch, nodes)
     values = [read_out(model, s, answers, metric) for s in (stream, patch_stream)]
-    return *values, by_layer({key: changed(acts[key], patch_acts[key]) for key in acts}, nodes)
+    return *values, by_layer(model, nodes, lambda name, key: changed(acts[key], patch_acts[key], parts=name in PARTS_OF))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -145,78 +150,101 @@ def compare(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metr
 
 
 @torch.no_grad()
-def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, rows=64, pieces=None, progress=None) -> dict[str, Tensor]:
-    """AP (Eq. 1), exact: one (layer, position) of one node at a time, from the patch run into the original run.
+def activation_patching(
+    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, rows=64, pieces=None, progress=None, lockstep=False
+) -> dict[str, Tensor]:
+    """AP (Eq. 1), exact: one (layer, position) of one node, or part of a node, from the patch run into the original run.
 
     A patch at (layer, pos) changes nothing before that layer and nothing before that position. So a patched run is the
     original run *resumed*: its residual stream from pos on, edited at pos, goes on from that layer, while attention
-    reads the keys and values of the positions before from the original run. For one position, we walk down the layers
-    once; at each, the patches of that layer join those that are already under way. Where the two runs agree the effect
-    is 0 and nothing is run.
+    reads the keys and values of the positions before from the original run. Patched runs of one position go down the
+    layers together, in convoys that runs of later layers join where they begin. Where the original and the patch run
+    agree the effect is 0 and nothing is run.
 
     Arguments and result as in attribute(); `nodes` may be any whose patch changes one position of the stream behind
-    the block (all but k, v and pattern). rows: how many patched runs go through a block together. pieces: a mapping
-    {pos: effects} in which finished positions are kept and from which they are taken, so that a long run can go on
-    where it was stopped. progress(fraction) is called as the work proceeds.
+    the block (all but k, v and pattern).
+
+    rows      how many runs go through a block together (more as they get shorter)
+    pieces    a mapping {pos: effects} in which finished positions are kept and from which they are taken, so that a
+              long run can go on where it was stopped
+    progress  progress(fraction) is called as the work proceeds
+    lockstep  run the patches that change nothing as well: processes that share weights must make the same calls
     """
     check(model, original, patch, answers, nodes)
     if several := [name for name in nodes if name in ("k", "v", "pattern")]:
-        raise ValueError(f"activation patching has no node {several[0]!r}: choose from {', '.join(n for n in model.nodes if n not in ('k', 'v', 'pattern'))}")
+        allowed = [name for name in (*model.nodes, *PARTS_OF) if name not in ("k", "v", "pattern")]
+        raise ValueError(f"activation patching has no node {several[0]!r}: choose from {', '.join(allowed)}")
     final, acts = record(model, original, {"resid_pre", "k", "v", *nodes})
     _, patch_acts = record(model, patch, nodes)
     base = read_out(model, final, answers, metric)
     n_layers, n_pos = model.config.n_layers, original.shape[1]
     streams = [acts["resid_pre", layer] for layer in range(n_layers)] + [final]
-    differs = {key: changed(acts[key], patch_acts[key]) for key in patch_acts}
+    differs = by_layer(model, nodes, lambda name, key: changed(acts[key], patch_acts[key], parts=name in PARTS_OF))
 
-    def resumed(prompts, pos, name=None):
-        """The hook of original runs resumed at pos, the node `name` at pos coming from the patch runs."""
+    def resumed(prompts, pos, key=None, value=None):
+        """The hook of original runs resumed at pos, the node `key` having this value there."""
 
-        def hook(node, layer, value):
-            if node == name:
-                return patch_acts[name, layer][prompts, pos : pos + 1]
-            if node in ("k", "v"):
-                value = torch.cat([acts[node, layer][prompts, :pos], value], dim=1)
-            return value
+        def hook(name, layer, x):
+            if (name, layer) == key:
+                return value
+            if name in ("k", "v"):
+                x = torch.cat([acts[name, layer][prompts, :pos], x], dim=1)
+            return x
 
-        hook.nodes = ("k", "v", name)
+        hook.nodes = ("k", "v", key and key[0])
         return hook
 
-    def patched_stream(name, layer, pos, prompts):
-        """The streams from pos on into which this patch has been written: ahead of its layer for resid_pre, else behind it."""
-        if name == "resid_pre":
-            stream, edited = streams[layer], patch_acts[name, layer][prompts, pos : pos + 1]
-        else:  # within its own layer the patch changes the stream at pos alone
-            stream, edited = streams[layer + 1], streams[layer][prompts, pos : pos + 1]
-            edited = model.block(layer, edited, hook=resumed(prompts, pos, name), start=pos)
-        return torch.cat([edited, stream[prompts, pos + 1 :]], dim=1)
+    def patched_stream(name, layer, pos, where):
+        """The streams from pos on into which these patches have been written; `where` indexes prompt, or prompt and part."""
+        prompts, key = where[0], (PARTS_OF.get(name, name), layer)
+        value = patch_acts[key][prompts, pos : pos + 1]
+        if name in PARTS_OF:  # this part from the patch run, the others from the original run
+            row, part = torch.arange(len(prompts), device=prompts.device), where[1]
+            value = acts[key][prompts, pos : pos + 1].index_put((row, torch.zeros_like(row), part), value[row, 0, part])
+        if name == "resid_pre":  # written ahead of its layer
+            return torch.cat([value, streams[layer][prompts, pos + 1 :]], dim=1)
+        # written behind its layer, within which it changes the stream at pos alone
+        edited = model.block(layer, streams[layer][prompts, pos : pos + 1], hook=resumed(prompts, pos, key, value), start=pos)
+        return torch.cat([edited, streams[layer + 1][prompts, pos + 1 :]], dim=1)
+
+    def convoys(pos):
+        """Lists of patches (layer they enter, name, layer, where), in the order of the layers; together no more than `rows` runs."""
+        most, convoy, size = max(1, rows * n_pos // (n_pos - pos)), [], 0
+        for entry in range(n_layers + (pos == n_pos - 1)):  # behind the last block, only the last position is read
+            for name in nodes:
+                layer = entry if name == "resid_pre" else entry - 1
+                if 0 <= layer < n_layers:
+                    where = (differs[name][:, layer, pos] | lockstep).nonzero()
+                    for part in where.split(most):
+                        if size + len(part) > most:
+                            yield convoy
+                            convoy, size = [], 0
+                        convoy.append((entry, name, layer, part.unbind(1)))
+                        size += len(part)
+        yield convoy
 
     def effects_at(pos):
-        """[node, batch, layer]: the effects of all patches at one position."""
+        """{name: [batch, layer, ...]}: the effects of all patches at one position."""
         nonlocal done
-        under_way, prompts, x = [], original.new_zeros(0), final[:0, pos:]  # which patches, on which prompts, their streams
-        for layer in range(n_layers + 1):
-            for name in nodes:
-                key = (name, layer if name == "resid_pre" else layer - 1)  # the patches that enter the stream here
-                if key in differs and (layer < n_layers or pos == n_pos - 1):  # behind the last block, only the last position is read
-                    where = differs[key][:, pos].nonzero()[:, 0]
-                    under_way.append((key, where))
-                    prompts, x = torch.cat([prompts, where]), torch.cat([x, patched_stream(*key, pos, where)])
-            if layer < n_layers:
-                parts = max(1, math.ceil(len(under_way) * len(original) / rows))  # of no more than `rows` runs
-                step = lambda part, who: model.block(layer, part, hook=resumed(who, pos), start=pos, last=layer == n_layers - 1)
-                x = torch.cat([step(*part) for part in zip(x.tensor_split(parts), prompts.tensor_split(parts))])
-                done += len(x)
-                if progress:
-                    progress(done / total)
-        effect = base.new_zeros(len(nodes), len(original), n_layers)
-        change = read_out(model, x, answers[prompts], metric) - base[prompts]
-        for ((name, layer), where), c in zip(under_way, change.split([len(where) for _, where in under_way])):
-            effect[nodes.index(name), where, layer] = c
-        return effect
+        effect = {name: base.new_zeros(d[:, :, pos].shape) for name, d in differs.items()}
+        for convoy in convoys(pos):
+            prompts, x = original.new_zeros(0), final[:0, pos:]
+            for layer in range(convoy[0][0] if convoy else n_layers, n_layers + 1):
+                for entry, *which, where in convoy:
+                    if entry == layer:
+                        prompts, x = torch.cat([prompts, where[0]]), torch.cat([x, patched_stream(*which, pos, where)])
+                if layer < n_layers:
+                    x = model.block(layer, x, hook=resumed(prompts, pos), start=pos, last=layer == n_layers - 1)
+                    done += len(x)
+            change = read_out(model, x, answers[prompts], metric) - base[prompts]
+            for (_, name, layer, where), c in zip(convoy, change.split([len(where[0]) for *_, where in convoy])):
+                effect[name][(where[0], layer, *where[1:])] = c
+            if progress:
+                progress(done / total)
+        return {name: value * differs[name][:, :, pos] for name, value in effect.items()}
 
-    # runs through one block: a patch at (layer, pos) goes through all blocks that it enters
-    work = sum(d.sum(0) * (n_layers - layer - (name != "resid_pre")) for (name, layer), d in differs.items()).tolist()
+    # in runs through one block: a patch goes through all blocks from the one that it enters on
+    work = [sum(len(where[0]) * (n_layers - entry) for convoy in convoys(pos) for entry, *_, where in convoy) for pos in range(n_pos)]
     done, total = 0, max(1, sum(work))
     pieces = {} if pieces is None else pieces
     for pos in range(n_pos):
@@ -224,7 +252,7 @@ def activation_patching(model, original: Tensor, patch: Tensor, answers: Tensor,
             done += work[pos]
         else:
             pieces[pos] = effects_at(pos)
-    return dict(zip(nodes, torch.stack([pieces[pos] for pos in range(n_pos)], dim=-1)))
+    return {name: torch.stack([pieces[pos][name] for pos in range(n_pos)], dim=2) for name in nodes}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -7,23 +7,28 @@ from models import Rules, from_pretrained
 
 
 def ap_by_definition(model, original, patch, answers, nodes, metric=relp.logit_diff):
-    """Eq. 1 as it stands: for every node, layer and position one whole forward pass with that activation overwritten."""
+    """Eq. 1 as it stands: for every node, layer, position (and part) one whole forward pass with that activation overwritten."""
     _, patch_acts = relp.record(model, patch, nodes)
     base = metric(model(original)[:, -1], answers)
-    effect = {}
-    for (name, layer), value in patch_acts.items():
-        per_position = []
-        for pos in range(original.shape[1]):
 
-            def hook(n, l, x):
-                if (n, l) == (name, layer):
-                    x = x.clone()
-                    x[:, pos] = value[:, pos]
-                return x
+    def effect(key, *at):
+        def hook(n, l, x):
+            if (n, l) == key:
+                x = x.clone()
+                x[(slice(None), *at)] = patch_acts[key][(slice(None), *at)]
+            return x
 
-            per_position.append(metric(model(original, hook=hook)[:, -1], answers) - base)
-        effect[name, layer] = torch.stack(per_position, dim=1)
-    return {name: torch.stack([effect[name, layer] for layer in range(model.config.n_layers)], dim=1) for name in nodes}
+        return metric(model(original, hook=hook)[:, -1], answers) - base
+
+    result = {}
+    for name in nodes:
+        node = relp.PARTS_OF.get(name, name)
+        for layer in range(model.config.n_layers):
+            value, parts = patch_acts[node, layer], range(patch_acts[node, layer].shape[2]) if name in relp.PARTS_OF else None
+            for pos in range(original.shape[1]):
+                result[name, layer, pos] = torch.stack([effect((node, layer), pos, i) for i in parts], -1) if parts else effect((node, layer), pos)
+    stack = lambda name, layer: torch.stack([result[name, layer, pos] for pos in range(original.shape[1])], dim=1)
+    return {name: torch.stack([stack(name, layer) for layer in range(model.config.n_layers)], dim=1) for name in nodes}
 
 
 @pytest.fixture
@@ -47,6 +52,62 @@ def test_activation_patching_is_its_definition(name, metric, checkpoint, pair):
         assert got[node].dtype == torch.float64 and wanted[node].abs().max() > 1e-3
         torch.testing.assert_close(got[node], wanted[node], atol=1e-12, rtol=0)
         assert (got[node][:, :, :3] == 0).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_heads_and_neurons(name, checkpoint, pair):
+    """Parts of a node: AP by definition; AtP's and RelP's scores add up to the whole node's."""
+    model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
+    pair = [x[:2] for x in pair]
+    with torch.no_grad():
+        wanted = ap_by_definition(model, *pair, ["head"])
+    got = relp.activation_patching(model, *pair, ["head", "neuron"], rows=7)
+    torch.testing.assert_close(got["head"], wanted["head"], atol=1e-12, rtol=0)
+    _, patch_acts = relp.record(model, pair[1], ["neuron"])
+    for layer, pos, neuron in ((0, 3, 1), (1, 6, 30), (2, 8, 5)):
+
+        def hook(n, l, x):
+            if (n, l) == ("mlp_hidden", layer):
+                x = x.clone()
+                x[:, pos, neuron] = patch_acts["mlp_hidden", layer][:, pos, neuron]
+            return x
+
+        with torch.no_grad():
+            change = relp.logit_diff(model(pair[0], hook=hook)[:, -1], pair[2]) - relp.logit_diff(model(pair[0])[:, -1], pair[2])
+        assert change.abs().max() > 1e-6
+        torch.testing.assert_close(got["neuron"][:, layer, pos, neuron], change, atol=1e-12, rtol=0)
+    for lrp in (False, True):
+        scores = relp.attribute(model, *pair, ["head", "z", "neuron", "mlp_hidden"], lrp=lrp)
+        torch.testing.assert_close(scores["head"].sum(-1), scores["z"])
+        torch.testing.assert_close(scores["neuron"].sum(-1), scores["mlp_hidden"])
+    *_, differs = relp.compare(model, *pair, ["head"])
+    assert differs["head"].shape == got["head"].shape and (got["head"][~differs["head"]] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["neox", "gemma2"])
+def test_lockstep_changes_the_work_and_not_the_result(name, checkpoint, pair, monkeypatch):
+    """Processes that share weights make the same calls whatever their prompts are; the effects stay the same, zeros included."""
+    model, nodes, calls = from_pretrained(str(checkpoint(name)[0])), ["resid_pre", "head"], []
+    monkeypatch.setattr(type(model), "block", lambda self, layer, x, *a, f=type(model).block, **k: calls.append((layer, x.shape)) or f(self, layer, x, *a, **k))
+    wanted, other = relp.activation_patching(model, *pair, nodes), [x.flip(0) for x in pair]
+    every = []
+    for batch in (pair, other):
+        calls.clear()
+        got = relp.activation_patching(model, *batch, nodes, lockstep=True)
+        every.append(list(calls))
+    assert every[0] == every[1]
+    for node in nodes:
+        torch.testing.assert_close(got[node].flip(0), wanted[node], atol=1e-5, rtol=0)
+        assert ((got[node].flip(0) == 0) >= (wanted[node] == 0)).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activation_patching_in_float32(name, checkpoint, pair):
+    model, nodes = from_pretrained(str(checkpoint(name)[0])), ("resid_pre", "attn_out", "mlp_out")
+    with torch.no_grad():
+        wanted = ap_by_definition(model, *pair, nodes)
+    for node, got in relp.activation_patching(model, *pair, nodes).items():
+        assert (got - wanted[node]).abs().max() < 1e-5 * wanted[node].abs().max()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
