@@ -1,8 +1,9 @@
 """How well do AtP and RelP predict activation patching? The paper's Table 5, Figure 1 and Figure 2 from one command.
 
-    python evaluate.py                     the four toy models that come with the project, no download
-    python evaluate.py --model gpt2        the real GPT-2 small, from the Hugging Face Hub
+python evaluate.py                     the four toy models that come with the project, no download
+python evaluate.py --model gpt2        the real GPT-2 small, from the Hugging Face Hub
 """
+
 import argparse
 import dataclasses
 import hashlib
@@ -61,20 +62,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="example: python evaluate.py --model gpt2 pythia-70m --n 50 --corruption s2 --rules ln,identity,epsilon=1e-4",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--model", nargs="+", default=TOYS, metavar="NAME", help="short name, Hub repository or directory; 'paper' is the eight of Table 5")
+    p.add_argument(
+        "--model",
+        nargs="+",
+        default=TOYS,
+        metavar="NAME",
+        help="short name, Hub repository or directory; 'paper' is the eight of Table 5",
+    )
     p.add_argument("--task", choices=["ioi"], default="ioi", help="prompt pairs from the paper's templates")
     p.add_argument("--prompts", metavar="FILE", help="prompt pairs from a JSON-lines file instead")
     p.add_argument("--n", type=int, default=100, help="prompt pairs (with --prompts: at most that many)")
     p.add_argument("--seed", type=int, default=0, help="of the choice of prompts")
-    p.add_argument("--corruption", default="swap", metavar="swap|s2", help="exchange both names, or the second mention alone")
+    p.add_argument(
+        "--corruption", default="swap", metavar="swap|s2", help="exchange both names, or the second mention alone"
+    )
     p.add_argument("--metric", default="logit_diff", metavar="|".join(relp.METRICS), help="what is patched for")
     p.add_argument("--nodes", default=",".join(NODES), metavar="LIST", help=f"of {', '.join(PATCHABLE)}")
     p.add_argument("--methods", default=",".join(LABELS), metavar="LIST", help="of ap,atp,relp")
-    p.add_argument("--rules", default="paper", metavar="RULES", help="paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X")
+    p.add_argument(
+        "--rules", default="paper", metavar="RULES", help="paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X"
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--dtype", default="float32", metavar="|".join(DTYPES), help="of weights and activations")
-    p.add_argument("--batch-size", default="auto", metavar="N", help="prompts, or patched runs, that go through the model together")
-    p.add_argument("--shard", action="store_true", help="under torchrun: share the weights out over the processes as well")
+    p.add_argument(
+        "--batch-size", default="auto", metavar="N", help="prompts, or patched runs, that go through the model together"
+    )
+    p.add_argument(
+        "--shard", action="store_true", help="under torchrun: share the weights out over the processes as well"
+    )
     p.add_argument("--out", default="results", metavar="DIR", help="where the results go")
     p.add_argument("--no-bos", action="store_true", help="put no BOS token in front of the prompts")
     p.add_argument("--no-plot", action="store_true", help="draw nothing")
@@ -83,7 +98,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.model, taken = list(dict.fromkeys(args.model)), {}
     for name in args.model:
         if taken.setdefault(slug(name), name) != name:
-            raise ValueError(f"{taken[slug(name)]} and {name} would write to one folder, {slug(name)}: give them different names, or run them apart")
+            raise ValueError(
+                f"{taken[slug(name)]} and {name} would write to one folder, {slug(name)}: give them different names, or run them apart"
+            )
     args.nodes = choices("node", args.nodes, PATCHABLE)
     args.methods = choices("method", args.methods, LABELS)
     args.rules = parse_rules(args.rules)
@@ -124,7 +141,9 @@ def parse_rules(text: str) -> bool | models.Rules:
             if not 0 < fields[name] < math.inf:
                 raise ValueError(f"rule {name} needs a positive number, got {item!r}")
         else:
-            raise ValueError(f"unknown rule {item!r}: choose paper, none, or from ln, identity, half, ah, epsilon=X, gamma=X")
+            raise ValueError(
+                f"unknown rule {item!r}: choose paper, none, or from ln, identity, half, ah, epsilon=X, gamma=X"
+            )
     if "epsilon" in fields and "gamma" in fields:
         raise ValueError("epsilon and gamma are both rules for linear layers: choose one")
     return models.Rules(**fields)
@@ -194,9 +213,13 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
     began = time.perf_counter()
     model = models.from_pretrained(name, DTYPES[args.dtype], args.device, args.shard)
     if absent := [node for node in args.nodes if node not in model.nodes]:
-        raise ValueError(f"{name} has no node {absent[0]!r}: choose from {', '.join(n for n in PATCHABLE if n in model.nodes)}")
+        raise ValueError(
+            f"{name} has no node {absent[0]!r}: choose from {', '.join(n for n in PATCHABLE if n in model.nodes)}"
+        )
     pairs = prompt_pairs(name, model, args)
-    say(f"\n{name}: {model.config.n_layers} layers, {len(pairs)} prompt pairs, {args.dtype} on {args.device}, ready after {time.perf_counter() - began:.1f} s")
+    say(
+        f"\n{name}: {model.config.n_layers} layers, {len(pairs)} prompt pairs, {args.dtype} on {args.device}, ready after {time.perf_counter() - began:.1f} s"
+    )
     folder = Path(args.out) / f"{slug(name)}-{slug(Path(args.prompts).stem) if args.prompts else args.task}"
     folder.mkdir(parents=True, exist_ok=True)
     scores, differs, values, seconds = score(name, model, pairs, args, folder)
@@ -206,11 +229,17 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
         "prompt_pairs": len(pairs),
         "accuracy": {"original": float((values[:, 0] > 0).mean()), "patch": float((values[:, 1] < 0).mean())},
         args.metric: {"original": float(values[:, 0].mean()), "patch": float(values[:, 1].mean())},
-        "cells": {node: {"all": int((~np.isnan(differs[node])).sum()), "unchanged": int((differs[node] == 0).sum())} for node in args.nodes},
+        "cells": {
+            node: {"all": int((~np.isnan(differs[node])).sum()), "unchanged": int((differs[node] == 0).sum())}
+            for node in args.nodes
+        },
         "pcc": correlations(scores, differs, [p.group for p in pairs], args),
         "rules": dataclasses.asdict(model.rules(args.rules)),
         "seconds": seconds,
-        "arguments": {key: str(value) if isinstance(value, (torch.device, models.Rules)) else value for key, value in vars(args).items()},
+        "arguments": {
+            key: str(value) if isinstance(value, (torch.device, models.Rules)) else value
+            for key, value in vars(args).items()
+        },
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
     if rank() == 0:
@@ -240,7 +269,9 @@ def prompt_pairs(name: str, model, args: argparse.Namespace) -> list[tasks.Pair]
     return pairs
 
 
-def score(name: str, model, pairs: list[tasks.Pair], args: argparse.Namespace, folder: Path) -> tuple[dict, dict, np.ndarray, dict]:
+def score(
+    name: str, model, pairs: list[tasks.Pair], args: argparse.Namespace, folder: Path
+) -> tuple[dict, dict, np.ndarray, dict]:
     """Every method on every pair, batch by batch; each process takes its share of a batch.
 
     Returns {(method, node): [n, layers, positions]} with NaN beyond a prompt's length, {node: the same, 1 where the two
@@ -249,22 +280,46 @@ def score(name: str, model, pairs: list[tasks.Pair], args: argparse.Namespace, f
     metric, longest = relp.METRICS[args.metric], max(len(p.original) for p in pairs)
     prompts, runs = batch_sizes(args.batch_size, model.config, longest, args.device)
     parts, begun, seconds = [], [], dict.fromkeys(args.methods, 0.0)
-    with tqdm(total=len(pairs), desc=name, leave=False, disable=None if rank() == 0 else True, delay=2, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
+    with tqdm(
+        total=len(pairs),
+        desc=name,
+        leave=False,
+        disable=None if rank() == 0 else True,
+        delay=2,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+    ) as bar:
         for rows in batches(pairs, prompts * world()):
             mine, done = share(rows), bar.n
-            batch = [torch.tensor([getattr(pairs[i], part) for i in mine], device=args.device) for part in ("original", "patch", "answers")]
+            batch = [
+                torch.tensor([getattr(pairs[i], part) for i in mine], device=args.device)
+                for part in ("original", "patch", "answers")
+            ]
             *values, differs = relp.compare(model, *batch, args.nodes, metric)
-            values, results = torch.stack(values, dim=1), {("differs", node): where.float() for node, where in differs.items()}
+            values, results = (
+                torch.stack(values, dim=1),
+                {("differs", node): where.float() for node, where in differs.items()},
+            )
             for method in args.methods:
                 bar.set_description(f"{name} {LABELS[method]}")
                 began = time.perf_counter()
                 if method == "ap":
                     pieces = Pieces.of(folder, begun, batch, values, args, runs)
                     begun.append(pieces.path)
-                    scores = relp.activation_patching(model, *batch, args.nodes, metric, runs, pieces, lambda part: bar.update(done + part * len(rows) - bar.n), args.shard)
+                    scores = relp.activation_patching(
+                        model,
+                        *batch,
+                        args.nodes,
+                        metric,
+                        runs,
+                        pieces,
+                        lambda part: bar.update(done + part * len(rows) - bar.n),
+                        args.shard,
+                    )
                     seconds["ap"] += pieces.seconds_before
                 else:
-                    scores = relp.attribute(model, *batch, args.nodes, metric, lrp=args.rules if method == "relp" else False)
+                    scores = relp.attribute(
+                        model, *batch, args.nodes, metric, lrp=args.rules if method == "relp" else False
+                    )
                 results |= {(method, node): value.cpu() for node, value in scores.items()}
                 seconds[method] += time.perf_counter() - began
             if not all(value.isfinite().all() for value in results.values()):
@@ -278,22 +333,44 @@ def score(name: str, model, pairs: list[tasks.Pair], args: argparse.Namespace, f
         for rows, value, results in theirs:
             values[rows] = value
             for key, result in results.items():
-                whole = scores.setdefault(key, np.full((len(pairs), model.config.n_layers, longest), np.nan, result.dtype))
+                whole = scores.setdefault(
+                    key, np.full((len(pairs), model.config.n_layers, longest), np.nan, result.dtype)
+                )
                 whole[rows, :, : result.shape[2]] = result
-    return {key: scores[key] for key in scores if key[0] != "differs"}, {node: scores["differs", node] for node in args.nodes}, values, seconds
+    return (
+        {key: scores[key] for key in scores if key[0] != "differs"},
+        {node: scores["differs", node] for node in args.nodes},
+        values,
+        seconds,
+    )
 
 
 class Pieces(dict):
     """AP's finished positions of one batch, {pos: {node: effects}}, kept in a file as they come for a run that is stopped and started again."""
 
     @classmethod
-    def of(cls, folder: Path, begun: list[Path], batch: list[torch.Tensor], values: torch.Tensor, args: argparse.Namespace, runs: int) -> "Pieces":
+    def of(
+        cls,
+        folder: Path,
+        begun: list[Path],
+        batch: list[torch.Tensor],
+        values: torch.Tensor,
+        args: argparse.Namespace,
+        runs: int,
+    ) -> "Pieces":
         """Those of an unfinished run of the same model on the same prompts: the same in all that its numbers depend on.
 
         The metric's values on the batch stand for the weights: they come from a run through all of them. begun: the
         files of this run's batches so far.
         """
-        what = [x.tolist() for x in (*batch, values)] + [args.nodes, args.metric, args.dtype, str(args.device), runs, torch.__version__]
+        what = [x.tolist() for x in (*batch, values)] + [
+            args.nodes,
+            args.metric,
+            args.dtype,
+            str(args.device),
+            runs,
+            torch.__version__,
+        ]
         path = folder / f"unfinished-{rank()}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.npz"
         others = [file for file in folder.glob(f"unfinished-{rank()}-*.npz") if file not in begun]
         if others and path not in others:
@@ -323,8 +400,13 @@ class Pieces(dict):
 
     def __setitem__(self, pos: int, effects: dict[str, torch.Tensor]) -> None:
         super().__setitem__(pos, effects)
-        arrays = {f"{pos}-{node}": value.cpu().numpy() for pos, of_nodes in self.items() for node, value in of_nodes.items()}
-        save(self.path, lambda file: np.savez(file, seconds=self.seconds_before + time.perf_counter() - self.began, **arrays))
+        arrays = {
+            f"{pos}-{node}": value.cpu().numpy() for pos, of_nodes in self.items() for node, value in of_nodes.items()
+        }
+        save(
+            self.path,
+            lambda file: np.savez(file, seconds=self.seconds_before + time.perf_counter() - self.began, **arrays),
+        )
 
 
 def batches(pairs: list[tasks.Pair], size: int):
@@ -342,7 +424,9 @@ def batch_sizes(given: str, c: models.Config, length: int, device: torch.device)
     memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**31
     per_token = 4 * (20 * c.d_model + 8 * c.d_mlp + 4 * c.n_heads * length)  # bytes of one layer's activations
     runs = max(1, memory // (per_token * length))
-    return max(1, runs // c.n_layers), min(runs, max(1, (2**16 if device.type == "cuda" else 2**10) // length))  # on a CPU what stays in the cache is fastest
+    return max(1, runs // c.n_layers), min(
+        runs, max(1, (2**16 if device.type == "cuda" else 2**10) // length)
+    )  # on a CPU what stays in the cache is fastest
 
 
 def correlations(scores: dict, differs: dict, groups: list[str], args: argparse.Namespace) -> dict:
@@ -366,16 +450,30 @@ def correlations(scores: dict, differs: dict, groups: list[str], args: argparse.
 
 def print_table(name: str, summary: dict, args: argparse.Namespace) -> None:
     accuracy, mean = summary["accuracy"], summary[args.metric]
-    print(f"  right on {accuracy['original']:.0%} of the original and {accuracy['patch']:.0%} of the patch prompts; mean {args.metric} {mean['original']:+.3f} and {mean['patch']:+.3f}")
+    print(
+        f"  right on {accuracy['original']:.0%} of the original and {accuracy['patch']:.0%} of the patch prompts; mean {args.metric} {mean['original']:+.3f} and {mean['patch']:+.3f}"
+    )
     if min(accuracy.values()) < 0.75:
         print("  WARNING: this model does not do the task, so there is no behaviour here for the methods to explain")
-    print(f"  {'PCC with AP' if summary['pcc'] else '':16}" + "".join(f"{node:>12}" for node in args.nodes) + f"{'seconds':>12}")
+    print(
+        f"  {'PCC with AP' if summary['pcc'] else '':16}"
+        + "".join(f"{node:>12}" for node in args.nodes)
+        + f"{'seconds':>12}"
+    )
     for method in args.methods:
-        cells = [f"{summary['pcc'][method][node]['averaged']:12.3f}" if method in summary["pcc"] else f"{'':12}" for node in args.nodes]
+        cells = [
+            f"{summary['pcc'][method][node]['averaged']:12.3f}" if method in summary["pcc"] else f"{'':12}"
+            for node in args.nodes
+        ]
         print(f"  {LABELS[method]:16}" + "".join(cells) + f"{summary['seconds'][method]:12.2f}")
     if name in TABLE_5 and not args.prompts:
         for i, label in enumerate(("AtP, paper", "RelP, paper")):
-            print(f"  {label:16}" + "".join(f"{TABLE_5[name][node][i]:12.3f}" if node in TABLE_5[name] else " " * 12 for node in args.nodes))
+            print(
+                f"  {label:16}"
+                + "".join(
+                    f"{TABLE_5[name][node][i]:12.3f}" if node in TABLE_5[name] else " " * 12 for node in args.nodes
+                )
+            )
 
 
 def save(path: Path, write) -> None:
@@ -431,7 +529,10 @@ def overlay(pairs: list[tasks.Pair]) -> tuple[list[str], np.ndarray]:
             at[i, found] = range(len(found))
         elif len(pair.roles) == len(axis):
             at[i] = range(len(axis))
-    return [role if all(p.roles[k] == role for p, k in zip(pairs, at[:, j]) if k >= 0) else str(j) for j, role in enumerate(axis)], at
+    return [
+        role if all(p.roles[k] == role for p, k in zip(pairs, at[:, j]) if k >= 0) else str(j)
+        for j, role in enumerate(axis)
+    ], at
 
 
 def draw_heatmaps(file, name: str, scores: dict, pairs: list[tasks.Pair], args: argparse.Namespace) -> None:
@@ -441,12 +542,17 @@ def draw_heatmaps(file, name: str, scores: dict, pairs: list[tasks.Pair], args: 
     labels, at = overlay(pairs)
 
     def laid_over(values):
-        maps = np.take_along_axis(values, np.broadcast_to(np.maximum(at, 0)[:, None], (len(pairs), values.shape[1], len(labels))), axis=2)
+        maps = np.take_along_axis(
+            values, np.broadcast_to(np.maximum(at, 0)[:, None], (len(pairs), values.shape[1], len(labels))), axis=2
+        )
         return np.nanmean(np.where(at[:, None] >= 0, maps, np.nan), axis=0)
 
     order = [m for m in LABELS if m in args.methods]
     n_layers = next(iter(scores.values())).shape[1]
-    figure = Figure(figsize=(1.2 + len(args.nodes) * (1.2 + 0.22 * len(labels)), 1.2 + len(order) * (0.7 + 0.16 * n_layers)), layout="constrained")
+    figure = Figure(
+        figsize=(1.2 + len(args.nodes) * (1.2 + 0.22 * len(labels)), 1.2 + len(order) * (0.7 + 0.16 * n_layers)),
+        layout="constrained",
+    )
     axes = figure.subplots(len(order), len(args.nodes), squeeze=False, sharex=True, sharey=True)
     for column, node in enumerate(args.nodes):
         maps = [laid_over(scores[method, node]) for method in order]
@@ -461,7 +567,10 @@ def draw_heatmaps(file, name: str, scores: dict, pairs: list[tasks.Pair], args: 
     for ax in axes[:, 0]:
         ax.set_ylabel("layer")
     shown = int((at[:, 0] >= 0).sum())
-    figure.suptitle(f"{name}: change of {args.metric} when a node is patched, mean over {shown} of {len(pairs)} prompt pairs", fontsize=10)
+    figure.suptitle(
+        f"{name}: change of {args.metric} when a node is patched, mean over {shown} of {len(pairs)} prompt pairs",
+        fontsize=10,
+    )
     figure.savefig(file, format="png", dpi=130)
 
 
@@ -474,12 +583,18 @@ def draw_pcc(file, summaries: list[dict], args: argparse.Namespace) -> None:
     for ax, node in zip(figure.subplots(1, len(args.nodes), sharey=True, squeeze=False)[0], args.nodes):
         for i, method in enumerate(methods):
             heights = [s["pcc"][method][node]["averaged"] for s in summaries]
-            ax.bar(np.arange(len(summaries)) + (i - (len(methods) - 1) / 2) * 0.4, heights, 0.38, label=LABELS[method], color={"atp": "#9aa0a6", "relp": "#1f6fb4"}[method])
+            ax.bar(
+                np.arange(len(summaries)) + (i - (len(methods) - 1) / 2) * 0.4,
+                heights,
+                0.38,
+                label=LABELS[method],
+                color={"atp": "#9aa0a6", "relp": "#1f6fb4"}[method],
+            )
         ax.set_title(node, fontsize=10)
         ax.set_xticks(range(len(summaries)), [s["model"] for s in summaries], rotation=35, ha="right", fontsize=8)
         ax.axhline(0, color="black", linewidth=0.6)
     figure.axes[0].set_ylabel("PCC with activation patching")
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(file, format="png", dpi=130)
 
 
@@ -490,7 +605,10 @@ def print_overview(summaries: list[dict], args: argparse.Namespace) -> None:
     print(f"\n{'PCC with AP':20}" + "".join(f"{node:>{width}}" for node in args.nodes))
     print(" " * 20 + "".join(f"{LABELS[m]:>10}" for m in methods) * len(args.nodes))
     for s in summaries:
-        print(f"{s['model']:20}" + "".join(f"{s['pcc'][m][node]['averaged']:10.3f}" for node in args.nodes for m in methods))
+        print(
+            f"{s['model']:20}"
+            + "".join(f"{s['pcc'][m][node]['averaged']:10.3f}" for node in args.nodes for m in methods)
+        )
 
 
 def complain(error: BaseException) -> int:
@@ -500,7 +618,9 @@ def complain(error: BaseException) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 behind one line on stderr. A model that fails does not stop those after it."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the Hub's retries are not news: what fails in the end is reported
+    os.environ.setdefault(
+        "HF_HUB_VERBOSITY", "error"
+    )  # the Hub's retries are not news: what fails in the end is reported
     try:
         args = parse(argv)
     except ValueError as error:

@@ -10,6 +10,7 @@ transformer, then the loading of Hugging Face checkpoints and tokenizers.
 
 Shapes: b batch, t pos, h head, d d_model (or d_head behind an h). Every node is [batch, pos, ...].
 """
+
 import json
 import math
 import re
@@ -80,10 +81,15 @@ def linear_rule(x: Tensor, weight: Tensor, bias: Tensor | None, rules: Rules) ->
     if rules.epsilon is not None:
         passed = y * (y.abs() / (y.abs() + rules.epsilon)).detach()
     elif rules.gamma is not None:
-        up, down = weight + rules.gamma * weight.clamp(min=0), weight + rules.gamma * weight.clamp(max=0)
-        b_up, b_down = (None, None) if bias is None else (bias + rules.gamma * bias.clamp(min=s, max=e) for s, e in ((0, None), (None, 0)))
+        boost = lambda w, **sign: None if w is None else w + rules.gamma * w.clamp(**sign)
+        up, down = boost(weight, min=0), boost(weight, max=0)
+        b_up, b_down = boost(bias, min=0), boost(bias, max=0)
         pos, neg = x * (x > 0), x * (x < 0)
-        boosted = torch.where(y > 0, F.linear(pos, up, b_up) + F.linear(neg, down), F.linear(pos, down, b_down) + F.linear(neg, up))
+        positive, negative = (
+            F.linear(pos, up, b_up) + F.linear(neg, down),
+            F.linear(pos, down, b_down) + F.linear(neg, up),
+        )
+        boosted = torch.where(y > 0, positive, negative)
         passed = boosted * (y / torch.where(boosted == 0, 1, boosted)).detach()  # |y| <= |boosted|
     else:
         return y
@@ -179,7 +185,9 @@ class RMSNorm(nn.Module):
         return (ln_rule(upcast(x), self.eps, run.rules.ln) * (self.offset + upcast(self.weight))).to(x.dtype)
 
 
-FUSED = ("cuda",)  # where attention is one kernel unless somebody wants the pattern, which is constant where q and k are
+FUSED = (
+    "cuda",
+)  # where attention is one kernel unless somebody wants the pattern, which is constant where q and k are
 
 
 class Attention(nn.Module):
@@ -202,8 +210,14 @@ class Attention(nn.Module):
             k, v = (y.repeat_interleave(c.n_heads // c.n_kv_heads, dim=2) for y in (k, v))
         hidden = unseen(first, q.shape[1], k.shape[1], self.window, x.device)
         if x.device.type in FUSED and c.attn_softcap is None and not run.wants("pattern"):
-            q, k, v = ah_rule(q, run.rules.ah).transpose(1, 2), ah_rule(k, run.rules.ah).transpose(1, 2), v.transpose(1, 2)
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden.squeeze(1), scale=c.attn_scale).transpose(1, 2)
+            q, k, v = (
+                ah_rule(q, run.rules.ah).transpose(1, 2),
+                ah_rule(k, run.rules.ah).transpose(1, 2),
+                v.transpose(1, 2),
+            )
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden.squeeze(1), scale=c.attn_scale).transpose(
+                1, 2
+            )
         else:
             scores = upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * c.attn_scale
             scores = softcap(scores, c.attn_softcap).masked_fill(hidden, -torch.inf)
@@ -344,7 +358,9 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         c = self.config
         if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens must have the shape [batch, pos] with at least one position, got {list(tokens.shape)}")
+            raise ValueError(
+                f"tokens must have the shape [batch, pos] with at least one position, got {list(tokens.shape)}"
+            )
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < c.n_vocab:
             raise ValueError(f"token ids must lie in 0..{c.n_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}")
         if tokens.shape[1] > c.n_ctx:
@@ -354,7 +370,9 @@ class Transformer(nn.Module):
             x = x * torch.tensor(c.embed_scale, dtype=x.dtype)  # rounded to the model's dtype, as Gemma was trained
         return x if self.embed_positions is None else x + self.embed_positions.weight[: tokens.shape[1]]
 
-    def block(self, layer: int, x: Tensor, lrp: bool | Rules = False, hook=None, start: int = 0, last: bool = False) -> Tensor:
+    def block(
+        self, layer: int, x: Tensor, lrp: bool | Rules = False, hook=None, start: int = 0, last: bool = False
+    ) -> Tensor:
         """One block on the stream x [batch, pos, d_model]; with it a run can be resumed in the middle.
 
         start  x holds the positions from `start` on, and the hook puts the keys and values of those before in
@@ -414,22 +432,27 @@ class Config:
 
     def check(self) -> None:
         """ValueError where a value, as config.json gave it, cannot be."""
+        of = f"config.json of a {self.family} model gives"
         number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and x > 0
         size = lambda x: number(x) and isinstance(x, int)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int and not size(value):
-                raise ValueError(f"config.json of a {self.family} model gives {field.name} = {value!r}: a positive whole number is needed")
-            if field.name in ("eps", "attn_scale") and not number(value) or field.name in ("attn_softcap", "logit_softcap") and not (value is None or number(value)):
-                raise ValueError(f"config.json of a {self.family} model gives {field.name} = {value!r}: a positive number is needed")
+                raise ValueError(f"{of} {field.name} = {value!r}: a positive whole number is needed")
+            optional = field.name in ("attn_softcap", "logit_softcap")
+            if (optional and value is not None or field.name in ("eps", "attn_scale")) and not number(value):
+                raise ValueError(f"{of} {field.name} = {value!r}: a positive number is needed")
             if field.type is bool and not isinstance(value, bool):
-                raise ValueError(f"config.json of a {self.family} model gives {field.name} = {value!r}: true or false is needed")
+                raise ValueError(f"{of} {field.name} = {value!r}: true or false is needed")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"config.json of a {self.family} model gives {self.n_heads} heads for {self.n_kv_heads} key-value heads: not a multiple")
+            raise ValueError(f"{of} {self.n_heads} heads for {self.n_kv_heads} key-value heads: not a multiple")
         if len(self.windows) != self.n_layers or not all(w is None or size(w) for w in self.windows):
-            raise ValueError(f"config.json of a {self.family} model gives the attention windows {list(self.windows)} for {self.n_layers} layers")
-        if not all(isinstance(f, float) and math.isfinite(f) for f in self.rotary_freqs) or self.rotary_dim > self.d_head or (self.rotary_dim == 0) != (self.family == "gpt2"):
-            raise ValueError(f"config.json of a {self.family} model gives rotary frequencies that cannot be for heads of {self.d_head} dimensions")
+            raise ValueError(f"{of} the attention windows {list(self.windows)} for {self.n_layers} layers")
+        rotated = (
+            all(isinstance(f, float) and math.isfinite(f) for f in self.rotary_freqs) and self.rotary_dim <= self.d_head
+        )
+        if not rotated or (self.rotary_dim == 0) != (self.family == "gpt2"):
+            raise ValueError(f"{of} rotary frequencies that cannot be for heads of {self.d_head} dimensions")
         if self.act not in list(GATES):
             raise ValueError(f"activation {self.act!r} is not supported: this project knows {', '.join(GATES)}")
 
@@ -450,7 +473,8 @@ class Config:
 
 
 def gpt2_config(c: dict) -> dict:
-    for field, wanted in {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}.items():
+    ours = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    for field, wanted in ours.items():
         if c.get(field, wanted) != wanted:
             raise ValueError(f"gpt2 with {field}={c[field]} is not supported")
     d, heads = c["n_embd"], c["n_head"]
@@ -508,11 +532,17 @@ def gemma2_config(c: dict) -> dict:
     }  # fmt: skip
 
 
-CONFIGS = {"gpt2": gpt2_config, "gpt_neox": gpt_neox_config, "qwen2": qwen2_config, "gemma2": gemma2_config, "llama": llama_config}
+CONFIGS = {
+    "gpt2": gpt2_config,
+    "gpt_neox": gpt_neox_config,
+    "qwen2": qwen2_config,
+    "gemma2": gemma2_config,
+    "llama": llama_config,
+}
 
 
 def rotary_freqs(c: dict, d_head: int, fraction: float = 1.0, theta: float = 10000.0) -> tuple[float, ...]:
-    """Radians per position of each rotated pair. transformers 5 keeps the settings in rope_parameters, 4 in rope_scaling and rope_theta."""
+    """Radians per position of each rotated pair. transformers 5 has them in rope_parameters, 4 in rope_scaling and rope_theta."""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     theta = rope.get("rope_theta") or c.get("rope_theta") or theta
     dim = int(d_head * rope.get("partial_rotary_factor", fraction))
@@ -542,9 +572,13 @@ class FixUp:
     save: object
 
 
+def turned(x: Tensor) -> Tensor:
+    return x.T if x.ndim == 2 else x
+
+
 AS_IT_IS = FixUp(lambda x, n, c: x.chunk(n), lambda xs, c: torch.cat(xs))
 # GPT-2's Conv1D keeps its weights as [d_in, d_out]; its q, k, v stand one behind the other
-CONV1D = FixUp(lambda x, n, c: x.T.chunk(n) if x.ndim == 2 else x.chunk(n), lambda xs, c: torch.cat(xs).T if xs[0].ndim == 2 else torch.cat(xs))
+CONV1D = FixUp(lambda x, n, c: turned(x).chunk(n), lambda xs, c: turned(torch.cat(xs)))
 # GPT-NeoX's q, k, v are interleaved by head: [head, (q, k, v), d_head]
 INTERLEAVED = FixUp(
     lambda x, n, c: x.unflatten(0, (c.n_heads, n, c.d_head)).transpose(0, 1).flatten(1, 2).unbind(0),
@@ -566,7 +600,12 @@ GPT2_NAMES = {
 GPT_NEOX_NAMES = {
     "gpt_neox.embed_in": "embed_tokens",
     "gpt_neox.layers.{}.input_layernorm": "blocks.{}.ln1",
-    "gpt_neox.layers.{}.attention.query_key_value": ("blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v", INTERLEAVED),
+    "gpt_neox.layers.{}.attention.query_key_value": (
+        "blocks.{}.attn.q",
+        "blocks.{}.attn.k",
+        "blocks.{}.attn.v",
+        INTERLEAVED,
+    ),
     "gpt_neox.layers.{}.attention.dense": "blocks.{}.attn.o",
     "gpt_neox.layers.{}.post_attention_layernorm": "blocks.{}.ln2",
     "gpt_neox.layers.{}.mlp.dense_h_to_4h": "blocks.{}.mlp.up",
@@ -594,7 +633,13 @@ GEMMA2_NAMES = {  # Llama's, but for the norms: what Llama calls post_attention 
     "model.layers.{}.pre_feedforward_layernorm": "blocks.{}.ln2",
     "model.layers.{}.post_feedforward_layernorm": "blocks.{}.ln2_post",
 }
-NAMES = {"gpt2": GPT2_NAMES, "gpt_neox": GPT_NEOX_NAMES, "qwen2": LLAMA_NAMES, "gemma2": GEMMA2_NAMES, "llama": LLAMA_NAMES}
+NAMES = {
+    "gpt2": GPT2_NAMES,
+    "gpt_neox": GPT_NEOX_NAMES,
+    "qwen2": LLAMA_NAMES,
+    "gemma2": GEMMA2_NAMES,
+    "llama": LLAMA_NAMES,
+}
 
 # masks and frequencies that old checkpoints keep as buffers; a copy of the embedding where the two are tied
 BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|(^|\.)rotary_emb\.inv_freq$")
@@ -618,7 +663,10 @@ def layout(model: Transformer) -> dict[str, tuple[list[str], FixUp]]:
 def to_checkpoint(model: Transformer) -> dict[str, Tensor]:
     """The weights under the names and in the layout of transformers, for safetensors' save_file."""
     ours = model.state_dict()
-    return {theirs: fix.save([ours[n] for n in names], model.config).contiguous() for theirs, (names, fix) in layout(model).items()}
+    return {
+        theirs: fix.save([ours[n] for n in names], model.config).contiguous()
+        for theirs, (names, fix) in layout(model).items()
+    }
 
 
 SHORT_NAMES = {
@@ -636,7 +684,9 @@ SHORT_NAMES = {
 }
 
 
-def from_pretrained(name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", shard: bool = False) -> Transformer:
+def from_pretrained(
+    name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", shard: bool = False
+) -> Transformer:
     """A model from a short name (SHORT_NAMES), a Hub repository "owner/name" or a local directory in Hugging Face layout.
 
     Its weights need no gradient and keep the checkpoint's values: nothing is folded or centred. ValueError, in one line,
@@ -673,15 +723,21 @@ def load_weights(model: Transformer, files: list[Path], dtype: torch.dtype, devi
             names, fix = table[name]
             wanted = fix.save([ours[n] for n in names], c).shape
             if tensor.shape != wanted:
-                raise ValueError(f"{file}: {theirs} has the shape {list(tensor.shape)}, config.json asks for {list(wanted)}")
+                raise ValueError(
+                    f"{file}: {theirs} has the shape {list(tensor.shape)}, config.json asks for {list(wanted)}"
+                )
             for n, piece in zip(names, fix.load(tensor, len(names), c)):
                 values[n] = torch.empty(piece.shape, dtype=dtype, device=device).copy_(piece)
                 if isinstance(ours[n], DTensor):
-                    values[n] = distribute_tensor(values[n], ours[n].device_mesh, ours[n].placements, src_data_rank=None)
+                    values[n] = distribute_tensor(
+                        values[n], ours[n].device_mesh, ours[n].placements, src_data_rank=None
+                    )
             missing.pop(name, None)
     for what, them in (("lacks", list(missing)), ("has unexpected", unexpected)):
         if them:
-            raise ValueError(f"the checkpoint {files[0].parent} {what} {len(them)} tensors: {', '.join(them[:4])}{', ...' * (len(them) > 4)}")
+            raise ValueError(
+                f"the checkpoint {files[0].parent} {what} {len(them)} tensors: {', '.join(them[:4])}{', ...' * (len(them) > 4)}"
+            )
     model.load_state_dict(values, assign=True)
 
 
@@ -714,7 +770,9 @@ def read_tensors(file: Path):
                     yield name, tensors.get_tensor(name)
         else:  # published ones from before torch 1.6 are no zip archives, which alone can be mapped
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-            if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+            if not isinstance(content, dict) or not all(
+                isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+            ):
                 raise RuntimeError("not a dictionary of named tensors")
             yield from content.items()
     except Exception as error:  # a damaged pickle can run into anything
@@ -760,22 +818,34 @@ def fetch(name: str, file: str) -> Path:
             raise MissingFile(f"{name} has no file {file}")
         return Path(name) / file
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise ValueError(f"unknown model {name!r}: give one of {', '.join(SHORT_NAMES)}, a Hub repository owner/name, or a directory")
+        raise ValueError(
+            f"unknown model {name!r}: give one of {', '.join(SHORT_NAMES)}, a Hub repository owner/name, or a directory"
+        )
     from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
 
-    if try_to_load_from_cache(name, file) is _CACHED_NO_EXIST:  # at the commit in use; asking again takes long without a network
+    if (
+        try_to_load_from_cache(name, file) is _CACHED_NO_EXIST
+    ):  # at the commit in use; asking again takes long without a network
         raise MissingFile(f"the repository {name} has no file {file}")
     try:
         return Path(hf_hub_download(name, file))
     except errors.GatedRepoError:
-        raise ValueError(f"{name} is gated: accept its terms on its Hub page, then log in with `hf auth login`") from None
+        raise ValueError(
+            f"{name} is gated: accept its terms on its Hub page, then log in with `hf auth login`"
+        ) from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(f"{name} is no directory here and no repository on the Hub, or a private one: `hf auth login` opens your own") from None
+        raise ValueError(
+            f"{name} is no directory here and no repository on the Hub, or a private one: `hf auth login` opens your own"
+        ) from None
     except errors.LocalEntryNotFoundError:
-        raise Unreachable(f"{file} of {name} is not in the cache and the Hub cannot be reached: check the network, or give a directory") from None
+        raise Unreachable(
+            f"{file} of {name} is not in the cache and the Hub cannot be reached: check the network, or give a directory"
+        ) from None
     except errors.EntryNotFoundError:
         raise MissingFile(f"the repository {name} has no file {file}") from None
-    except Exception as error:  # OSError, or one of the HTTP library's own (httpx or httpx2: huggingface_hub's version decides)
+    except (
+        Exception
+    ) as error:  # OSError, or one of the HTTP library's own (httpx or httpx2: huggingface_hub's version decides)
         raise ValueError(f"downloading {file} of {name} failed: {first_line(error)}") from None
 
 
@@ -886,7 +956,10 @@ class Tokenizer:
             owner = config.get("tokenizer_class") or "GPT2Tokenizer"
             if not owner.startswith("GPT2"):  # others share the two files' format, but not GPT-2's pattern
                 raise ValueError(f"{path}: a {owner} needs tokenizer.json too; only GPT-2's does not")
-            vocab, lines = read_json(files["vocab.json"]), files["merges.txt"].read_text(encoding="utf-8", errors="replace").split("\n")
+            vocab, lines = (
+                read_json(files["vocab.json"]),
+                files["merges.txt"].read_text(encoding="utf-8", errors="replace").split("\n"),
+            )
             model = {"vocab": vocab, "merges": [m for m in lines if m and not m.startswith("#version")]}
             added = [{"content": t, "id": vocab[t]} for t in ("<|endoftext|>",) if t in vocab]
             spec = {"model": model, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": added}
@@ -955,17 +1028,22 @@ def _splitter(spec: dict | None, byte_fallback: bool) -> tuple[str, bool, bool]:
     match spec:
         case {"type": "ByteLevel"}:
             return GPT2_PATTERN if spec.get("use_regex", True) else whole, True, spec.get("add_prefix_space", False)
-        case {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
-        ]}:
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
+            ],
+        }:
             return pattern, True, False
         case None if byte_fallback:
             return whole, False, False
         case {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"} if byte_fallback:
             return r"[^ ]* |[^ ]+", False, False  # Gemma: splits nothing, as its normalizer leaves no space
-    raise ValueError(f"pre_tokenizer {spec} with byte_fallback {bool(byte_fallback)} is not supported: only ByteLevel, "
-                     'Split by a pattern + ByteLevel and, with byte_fallback, none or Split at " " are')
+    raise ValueError(
+        f"pre_tokenizer {spec} with byte_fallback {bool(byte_fallback)} is not supported: only ByteLevel, "
+        'Split by a pattern + ByteLevel and, with byte_fallback, none or Split at " " are'
+    )
 
 
 def _cutter(added: dict[str, dict]) -> re.Pattern:

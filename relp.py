@@ -26,6 +26,7 @@ metric(patched) - metric(original). So a node that carries the original answer h
 
 The model is models.Transformer, or anything with its methods stream, block and unembed. Only torch is imported.
 """
+
 import math
 
 import torch
@@ -88,7 +89,9 @@ def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False) -> tuple
         return model.stream(tokens, lrp, hook), kept
 
 
-def attribute(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, lrp=False) -> dict[str, Tensor]:
+def attribute(
+    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, lrp=False
+) -> dict[str, Tensor]:
     """AtP (lrp=False, Eq. 2) or RelP (lrp=True: the paper's rules, or a set of rules; Eq. 3).
 
     original, patch [batch, pos] and answers [batch, 2] are token ids. Returns {node: [batch, layer, pos]}, for the kinds
@@ -124,7 +127,9 @@ def changed(original: Tensor, patch: Tensor, parts: bool = False) -> Tensor:
 def by_layer(model, nodes, value) -> dict[str, Tensor]:
     """{name: [batch, layer, pos, ...]} of value(name, (node, layer)) -> [batch, pos, ...]."""
     layers = range(model.config.n_layers)
-    return {name: torch.stack([value(name, (PARTS_OF.get(name, name), layer)) for layer in layers], dim=1) for name in nodes}
+    return {
+        name: torch.stack([value(name, (PARTS_OF.get(name, name), layer)) for layer in layers], dim=1) for name in nodes
+    }
 
 
 def check(model, original, patch, answers, nodes) -> None:
@@ -136,13 +141,17 @@ def check(model, original, patch, answers, nodes) -> None:
         raise ValueError(f"unknown node {unknown[0]!r}: this model has {', '.join((*model.nodes, *PARTS_OF))}")
 
 
-def compare(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff) -> tuple[Tensor, Tensor, dict]:
+def compare(
+    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff
+) -> tuple[Tensor, Tensor, dict]:
     """The metric [batch] of the original run and of the patch run, and {node: bool [batch, layer, pos]}: where they differ."""
     check(model, original, patch, answers, nodes)
     stream, acts = record(model, original, nodes)
     patch_stream, patch_acts = record(model, patch, nodes)
     values = [read_out(model, s, answers, metric) for s in (stream, patch_stream)]
-    return *values, by_layer(model, nodes, lambda name, key: changed(acts[key], patch_acts[key], parts=name in PARTS_OF))
+    return *values, by_layer(
+        model, nodes, lambda name, key: changed(acts[key], patch_acts[key], parts=name in PARTS_OF)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -151,7 +160,16 @@ def compare(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metr
 
 @torch.no_grad()
 def activation_patching(
-    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, rows=64, pieces=None, progress=None, lockstep=False
+    model,
+    original: Tensor,
+    patch: Tensor,
+    answers: Tensor,
+    nodes,
+    metric=logit_diff,
+    rows=64,
+    pieces=None,
+    progress=None,
+    lockstep=False,
 ) -> dict[str, Tensor]:
     """AP (Eq. 1), exact: one (layer, position) of one node, or part of a node, from the patch run into the original run.
 
@@ -204,11 +222,13 @@ def activation_patching(
         if name == "resid_pre":  # written ahead of its layer
             return torch.cat([value, streams[layer][prompts, pos + 1 :]], dim=1)
         # written behind its layer, within which it changes the stream at pos alone
-        edited = model.block(layer, streams[layer][prompts, pos : pos + 1], hook=resumed(prompts, pos, key, value), start=pos)
+        edited = model.block(
+            layer, streams[layer][prompts, pos : pos + 1], hook=resumed(prompts, pos, key, value), start=pos
+        )
         return torch.cat([edited, streams[layer + 1][prompts, pos + 1 :]], dim=1)
 
     def convoys(pos):
-        """Lists of patches (layer they enter, name, layer, where), in the order of the layers; together no more than `rows` runs."""
+        """Lists of patches (layer they enter, name, layer, where) in the order of the layers, of at most `rows` runs each."""
         most, convoy, size = max(1, rows * n_pos // (n_pos - pos)), [], 0
         for entry in range(n_layers + (pos == n_pos - 1)):  # behind the last block, only the last position is read
             for name in nodes:
@@ -244,7 +264,8 @@ def activation_patching(
         return {name: value * differs[name][:, :, pos] for name, value in effect.items()}
 
     # in runs through one block: a patch goes through all blocks from the one that it enters on
-    work = [sum(len(where[0]) * (n_layers - entry) for convoy in convoys(pos) for entry, *_, where in convoy) for pos in range(n_pos)]
+    steps = lambda convoy: sum(len(where[0]) * (n_layers - entry) for entry, *_, where in convoy)
+    work = [sum(map(steps, convoys(pos))) for pos in range(n_pos)]
     done, total = 0, max(1, sum(work))
     pieces = {} if pieces is None else pieces
     for pos in range(n_pos):

@@ -6,6 +6,7 @@
 The model has random weights: speed does not depend on what it has learned. Pairs are shaped like IOI prompts: they differ
 at B1, A and S2 under `swap`, at S2 alone under `s2`.
 """
+
 import argparse
 import multiprocessing
 import statistics
@@ -27,7 +28,9 @@ PLACES = {"swap": (2, 4, 10), "s2": (10,)}  # BOS After B1 and A went to the PLA
 
 def random_model(layers, d_model, vocab, device):
     torch.manual_seed(0)
-    hf = dict(model_type="gpt2", n_embd=d_model, n_layer=layers, n_head=d_model // 64, n_positions=1024, vocab_size=vocab)
+    hf = dict(
+        model_type="gpt2", n_embd=d_model, n_layer=layers, n_head=d_model // 64, n_positions=1024, vocab_size=vocab
+    )
     return Transformer(Config.from_hf(hf)).requires_grad_(False).eval().to(device)
 
 
@@ -86,14 +89,24 @@ def bench_ap(model, corruption, args, device):
     flops = counter.get_total_flops() * args.prompts / few
     ratios, rates = [], []
     for _ in range(args.repeats):
-        plain = [seconds(lambda: plain_pass(model, batch[0], patch_acts, layer, 3), device) for layer in (0, c.n_layers // 2)]
+        plain = [
+            seconds(lambda: plain_pass(model, batch[0], patch_acts, layer, 3), device) for layer in (0, c.n_layers // 2)
+        ]
         rate = matmul_rate(c, args.prompts * args.length, device)
         ap = seconds(run, device)
-        plain += [seconds(lambda: plain_pass(model, batch[0], patch_acts, layer, 3), device) for layer in (1, c.n_layers - 1)]
+        plain += [
+            seconds(lambda: plain_pass(model, batch[0], patch_acts, layer, 3), device) for layer in (1, c.n_layers - 1)
+        ]
         ratios.append(statistics.mean(plain) * passes / ap)
         rates.append(flops / ap / statistics.mean([rate, matmul_rate(c, args.prompts * args.length, device)]))
-        print(f"    AP {ap:.1f} s; one plain pass {statistics.mean(plain):.2f} s (4 timed), times {passes} passes (extrapolated) {statistics.mean(plain) * passes:.0f} s", flush=True)
-    print(f"  AP, {corruption}: {spread(ratios, 'x')} faster than the plain loop; at {spread([100 * r for r in rates], ' %')} of the matmul rate measured beside it", flush=True)
+        print(
+            f"    AP {ap:.1f} s; one plain pass {statistics.mean(plain):.2f} s (4 timed), times {passes} passes (extrapolated) {statistics.mean(plain) * passes:.0f} s",
+            flush=True,
+        )
+    print(
+        f"  AP, {corruption}: {spread(ratios, 'x')} faster than the plain loop; at {spread([100 * r for r in rates], ' %')} of the matmul rate measured beside it",
+        flush=True,
+    )
 
 
 def bench_relp(model, args, device):
@@ -109,13 +122,19 @@ def bench_relp(model, args, device):
         f()
     times = [[seconds(f, device) for f in (forward, relevance, attribution)] for _ in range(5 * args.repeats)]
     print(f"  one plain forward pass {spread([t[0] for t in times], ' s')}")
-    print(f"  RelP, whole: {spread([r / f for f, r, _ in times], 'x')} a plain forward pass; {spread([r / a for _, r, a in times], 'x')} AtP", flush=True)
+    print(
+        f"  RelP, whole: {spread([r / f for f, r, _ in times], 'x')} a plain forward pass; {spread([r / a for _, r, a in times], 'x')} AtP",
+        flush=True,
+    )
 
 
 def peak(what, args):
     """Bytes that `what` needs at its peak beyond the model and the prompts; on the CPU to be called in a process of its own."""
     device = torch.device(args.device)
-    model, batch = random_model(args.layers, args.d_model, args.vocab, device), random_pairs("swap", args.prompts, args.length, args.vocab, device)
+    model, batch = (
+        random_model(args.layers, args.d_model, args.vocab, device),
+        random_pairs("swap", args.prompts, args.length, args.vocab, device),
+    )
     run = {
         "graph": lambda: relp.record(model, batch[0], ("resid_pre",), grad=True),
         "relp": lambda: relp.attribute(model, *batch, NODES, lrp=True),
@@ -141,7 +160,10 @@ def bench_memory(args):
         with fresh.Pool(1) as pool:
             used[what] = pool.apply(peak, (what, args))
     times = ", ".join(f"{what} {used[what] / used['graph']:.2f}x" for what in ("relp", "atp", "ap"))
-    print(f"  peak memory beyond the weights: one forward pass with its graph {used['graph'] / 2**20:.0f} MiB; {times} that", flush=True)
+    print(
+        f"  peak memory beyond the weights: one forward pass with its graph {used['graph'] / 2**20:.0f} MiB; {times} that",
+        flush=True,
+    )
 
 
 def bench_growth(args, device):
@@ -167,7 +189,14 @@ def bench_transformer_lens(args, device):
         print("  transformer_lens is not installed: not compared")
         return
     config = HookedTransformerConfig(
-        n_layers=args.layers, d_model=args.d_model, n_ctx=1024, d_head=64, d_vocab=args.vocab, act_fn="gelu_new", normalization_type="LNPre", device=str(device)
+        n_layers=args.layers,
+        d_model=args.d_model,
+        n_ctx=1024,
+        d_head=64,
+        d_vocab=args.vocab,
+        act_fn="gelu_new",
+        normalization_type="LNPre",
+        device=str(device),
     )
     theirs, ours = HookedTransformer(config), random_model(args.layers, args.d_model, args.vocab, device)
     original, patch, _ = random_pairs("swap", args.prompts, args.length, args.vocab, device)
@@ -182,7 +211,10 @@ def bench_transformer_lens(args, device):
         theirs.run_with_hooks(original, fwd_hooks=[("blocks.1.hook_resid_pre", overwrite)])
 
     their_pass()
-    times = [(seconds(their_pass, device), seconds(lambda: plain_pass(ours, original, patch_acts, 1, 3), device)) for _ in range(3 * args.repeats)]
+    times = [
+        (seconds(their_pass, device), seconds(lambda: plain_pass(ours, original, patch_acts, 1, 3), device))
+        for _ in range(3 * args.repeats)
+    ]
     print(f"  transformer_lens: one patched pass takes {spread([a / b for a, b in times], 'x')} one plain pass here")
 
 
@@ -195,7 +227,10 @@ def main():
     args = p.parse_args()
     device = torch.device(args.device)
     model = random_model(args.layers, args.d_model, args.vocab, device)
-    print(f"{args.layers} layers, {args.d_model} wide, {args.prompts} pairs of {args.length} tokens, float32, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    print(
+        f"{args.layers} layers, {args.d_model} wide, {args.prompts} pairs of {args.length} tokens, float32, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        flush=True,
+    )
     bench_relp(model, args, device)
     bench_memory(args)
     for corruption in PLACES:

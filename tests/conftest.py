@@ -1,4 +1,5 @@
 """Tiny random checkpoints of every family, made with transformers and written to disk as a user's would be."""
+
 import sys
 from pathlib import Path
 
@@ -23,7 +24,14 @@ NEOX = dict(
     bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
 GPT2 = dict(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1)
-LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=5e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=5e4,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 
 CHECKPOINTS = {  # name: (class of transformers' configuration, its fields)
     "gpt2": ("GPT2Config", GPT2),
@@ -55,7 +63,12 @@ def hf_model(name: str):
     with torch.no_grad():
         for n, p in model.named_parameters():
             p.normal_(std=0.3 if p.ndim > 1 else 0.2)
-            if p.ndim == 1 and "norm" in n + ("norm" if "ln_" in n else "") and n.endswith("weight") and "gemma2" not in name:
+            if (
+                p.ndim == 1
+                and "norm" in n + ("norm" if "ln_" in n else "")
+                and n.endswith("weight")
+                and "gemma2" not in name
+            ):
                 p.add_(1)
     return model
 

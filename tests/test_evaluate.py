@@ -2,6 +2,7 @@
 
 The models are random and tiny, with a byte-level tokenizer written by hand; most runs are calls of evaluate.main.
 """
+
 import errno
 import io
 import json
@@ -41,7 +42,12 @@ def write_tokenizer(folder):
     vocab.append("<|endoftext|>")
     added = [{"id": len(vocab) - 1, "content": "<|endoftext|>", "special": True, "normalized": False}]
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(vocab)}, "merges": merges}
-    spec = {"added_tokens": added, "normalizer": None, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}, "model": model}
+    spec = {
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "model": model,
+    }
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     return len(vocab)
 
@@ -103,7 +109,12 @@ def jsonl(path, *rows):
 
 
 IDS = {"original": [5, 6, 7, 8], "patch": [5, 9, 7, 8], "original_answer": 1, "patch_answer": 2}
-TEXT = {"clean_prefix": "Then John went", "patch_prefix": "Then Mary went", "clean_answer": " has", "patch_answer": " have"}
+TEXT = {
+    "clean_prefix": "Then John went",
+    "patch_prefix": "Then Mary went",
+    "clean_answer": " has",
+    "patch_answer": " have",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -143,7 +154,12 @@ def test_files_hold_what_they_say(name, source, tiny, results, tmp_path):
     assert source == "ioi" or len(set(lengths)) == 3
 
     # the arrays
-    assert scores.keys() == {f"{m}_{node}" for m in ("ap", "atp", "relp") for node in NODES} | {"lengths", "original_tokens", "patch_tokens", "answers"}
+    assert scores.keys() == {f"{m}_{node}" for m in ("ap", "atp", "relp") for node in NODES} | {
+        "lengths",
+        "original_tokens",
+        "patch_tokens",
+        "answers",
+    }
     shape = (n, model.config.n_layers, max(lengths))
     assert scores["lengths"].tolist() == lengths and scores["answers"].tolist() == [list(p.answers) for p in pairs]
     for key in ("original", "patch"):
@@ -170,7 +186,9 @@ def test_files_hold_what_they_say(name, source, tiny, results, tmp_path):
     # whatever is patched in front of the first layer at once is the patch run; here one position differs in the files, so one patch is all
     if source == "file":
         for i in (0, 1, 3):
-            assert scores["ap_resid_pre"][i, 0, :4][np.array(pairs[i].original[:4]) != pairs[i].patch[:4]] == pytest.approx(patch[i] - original[i], abs=1e-4)
+            assert scores["ap_resid_pre"][i, 0, :4][
+                np.array(pairs[i].original[:4]) != pairs[i].patch[:4]
+            ] == pytest.approx(patch[i] - original[i], abs=1e-4)
 
     # the correlations
     same_before = [next(j for j, (x, y) in enumerate(zip(p.original, p.patch)) if x != y) for p in pairs]
@@ -191,8 +209,19 @@ def test_files_hold_what_they_say(name, source, tiny, results, tmp_path):
 
 def test_summary_says_how_it_was_made(tiny, results):
     summary, _ = results(tiny["gpt2"], "--n", 3, "--seed", 5, "--corruption", "s2", "--rules", "ln,epsilon=0.5")
-    assert summary["arguments"]["seed"] == 5 and summary["arguments"]["corruption"] == "s2" and summary["arguments"]["n"] == 3
-    assert summary["rules"] == {"ln": True, "identity": False, "half": False, "ah": False, "epsilon": 0.5, "gamma": None}
+    assert (
+        summary["arguments"]["seed"] == 5
+        and summary["arguments"]["corruption"] == "s2"
+        and summary["arguments"]["n"] == 3
+    )
+    assert summary["rules"] == {
+        "ln": True,
+        "identity": False,
+        "half": False,
+        "ah": False,
+        "epsilon": 0.5,
+        "gamma": None,
+    }
     assert summary["versions"]["torch"] == torch.__version__ and {"python", "numpy"} <= summary["versions"].keys()
     assert summary["seconds"].keys() == {"ap", "atp", "relp"} and all(s > 0 for s in summary["seconds"].values())
 
@@ -228,7 +257,9 @@ def test_table_shows_the_numbers_of_the_summary(tiny, run, tmp_path):
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
     assert rows["PCC"][2:] == [*NODES, "seconds"]
     for method, label in (("atp", "AtP"), ("relp", "RelP")):
-        assert [float(x) for x in rows[label][:3]] == pytest.approx([summary["pcc"][method][node]["averaged"] for node in NODES], abs=6e-4)
+        assert [float(x) for x in rows[label][:3]] == pytest.approx(
+            [summary["pcc"][method][node]["averaged"] for node in NODES], abs=6e-4
+        )
     assert "WARNING" in out  # a random model does not do the task
 
 
@@ -243,11 +274,18 @@ def test_options(arguments, tiny, run, tmp_path):
     code, out, err = run("--model", tiny["gemma2"], "--n", 4, *arguments)
     assert (code, err) == (0, [])
     given = dict(zip(arguments[::2], arguments[1::2]))
-    methods, nodes = (given.get(flag, default).split(",") for flag, default in (("--methods", "ap,atp,relp"), ("--nodes", ",".join(NODES))))
+    methods, nodes = (
+        given.get(flag, default).split(",")
+        for flag, default in (("--methods", "ap,atp,relp"), ("--nodes", ",".join(NODES)))
+    )
     folder = tmp_path / "out" / "gemma2-ioi"
     with np.load(folder / "scores.npz") as scores:
-        assert {f"{m}_{node}" for m in methods for node in nodes} == {key for key in scores if key.split("_")[0] in ("ap", "atp", "relp")}
-        assert scores[f"{methods[0]}_{nodes[0]}"].dtype == (np.float64 if given.get("--dtype") == "float64" else np.float32)
+        assert {f"{m}_{node}" for m in methods for node in nodes} == {
+            key for key in scores if key.split("_")[0] in ("ap", "atp", "relp")
+        }
+        assert scores[f"{methods[0]}_{nodes[0]}"].dtype == (
+            np.float64 if given.get("--dtype") == "float64" else np.float32
+        )
     assert (folder / "heatmaps.png").exists() == ("--no-plot" not in arguments)
     assert given.get("--metric", "logit_diff") in json.loads((folder / "summary.json").read_text())
 
@@ -315,7 +353,11 @@ def test_ids_need_no_tokenizer_and_get_no_bos(tiny, results, tmp_path):
     (mute / "tokenizer.json").unlink()
     prompts = jsonl(tmp_path / "ids.jsonl", IDS, {**IDS, "original": [3, 4], "patch": [2, 4]}, IDS)
     _, scores = results(mute, "--prompts", prompts, folder="mute-ids")
-    assert scores["original_tokens"][:, :2].tolist() == [[5, 6], [3, 4], [5, 6]] and scores["lengths"].tolist() == [4, 2, 4]
+    assert scores["original_tokens"][:, :2].tolist() == [[5, 6], [3, 4], [5, 6]] and scores["lengths"].tolist() == [
+        4,
+        2,
+        4,
+    ]
     assert np.isnan(scores["ap_resid_pre"][1, :, 2:]).all()
     np.testing.assert_array_equal(scores["relp_mlp_out"][0], scores["relp_mlp_out"][2])
     _, with_tokenizer = results(tiny["gpt2"], "--prompts", prompts, folder="gpt2-ids")
@@ -334,7 +376,14 @@ def test_n_takes_the_first_pairs_of_a_file(tiny, results, tmp_path):
 
 def start(*arguments):
     env = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "evaluate.py", *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "evaluate.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_help_is_one_screen():
@@ -342,15 +391,39 @@ def test_help_is_one_screen():
     lines = run.stdout.splitlines()
     assert run.returncode == 0 and run.stderr == "" and len(lines) <= 45 and "example: python evaluate.py" in run.stdout
     text = " ".join(run.stdout.split())
-    for default in ("toy-gpt2", "100", "swap", "logit_diff", "resid_pre,attn_out,mlp_out", "ap,atp,relp", "paper", "auto", "float32", "results"):
+    for default in (
+        "toy-gpt2",
+        "100",
+        "swap",
+        "logit_diff",
+        "resid_pre,attn_out,mlp_out",
+        "ap,atp,relp",
+        "paper",
+        "auto",
+        "float32",
+        "results",
+    ):
         assert f"(default: {default}" in text or f"default: ['{default}'" in text, default
 
 
 def test_a_process_writes_nothing_but_its_tables(tiny, tmp_path):
     """No progress bar and no warning on stderr when it is no terminal; bad input in the same run costs one line and the exit code."""
-    run = start("--model", tiny["gpt2"], tmp_path / "nowhere", tiny["gemma2"], "--n", "4", "--nodes", "mlp_out", "--out", tmp_path / "out")
+    run = start(
+        "--model",
+        tiny["gpt2"],
+        tmp_path / "nowhere",
+        tiny["gemma2"],
+        "--n",
+        "4",
+        "--nodes",
+        "mlp_out",
+        "--out",
+        tmp_path / "out",
+    )
     assert run.returncode == 2
-    assert len(run.stderr.splitlines()) == 1 and run.stderr.startswith("evaluate.py: error:") and "nowhere" in run.stderr
+    assert (
+        len(run.stderr.splitlines()) == 1 and run.stderr.startswith("evaluate.py: error:") and "nowhere" in run.stderr
+    )
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"gpt2-ioi", "gemma2-ioi", "pcc.png"}
     assert "Traceback" not in run.stdout and "\r" not in run.stdout
 
@@ -454,7 +527,9 @@ def test_two_models_with_one_name_do_not_overwrite_each_other(tiny, run, tmp_pat
     for parent in ("first", "second"):
         shutil.copytree(tiny["gpt2"], tmp_path / parent / "model")
     code, _, err = run("--model", tmp_path / "first/model", tmp_path / "second/model", "--n", 3, "--no-plot")
-    assert len(list((tmp_path / "out").rglob("scores.npz"))) == 2 or (code == 2 and len(err) == 1 and "first" in err[0] and "second" in err[0])
+    assert len(list((tmp_path / "out").rglob("scores.npz"))) == 2 or (
+        code == 2 and len(err) == 1 and "first" in err[0] and "second" in err[0]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -595,6 +670,7 @@ def test_configurations(name, fields, tiny, refused, tmp_path):
 
 def test_ids_that_the_model_does_not_have(tiny, broken):
     """A tokenizer that is larger than the model's vocabulary, as when special tokens were added."""
+
     def shrink(folder):
         config(vocab_size=270)(folder)
         tensors(lambda t: t | {WTE: t[WTE][:270].clone()})(folder)
@@ -667,7 +743,9 @@ def test_output_folders_that_cannot_be(tiny, capsys, tmp_path):
     for out in (tmp_path / "file", tmp_path / "file" / "below", "/dev/null", "/proc/results"):
         assert evaluate.main(["--model", str(tiny["gpt2"]), "--n", "3", "--out", str(out)]) == 2
         printed, err = capsys.readouterr()
-        assert len(err.splitlines()) == 1 and err.startswith("evaluate.py: error:") and str(out) in err and printed == ""  # before any work
+        assert (
+            len(err.splitlines()) == 1 and err.startswith("evaluate.py: error:") and str(out) in err and printed == ""
+        )  # before any work
     assert (tmp_path / "file").read_text() == "precious"
 
 
@@ -694,22 +772,56 @@ class FullDisk(io.FileIO):
         return super().write(data)
 
 
-@pytest.mark.parametrize("file, how", [("scores.npz", "open"), ("scores.npz", "write"), ("scores.npz", "replace"), ("summary.json", "write"), ("heatmaps.png", "write"), ("pcc.png", "write")])
+@pytest.mark.parametrize(
+    "file, how",
+    [
+        ("scores.npz", "open"),
+        ("scores.npz", "write"),
+        ("scores.npz", "replace"),
+        ("summary.json", "write"),
+        ("heatmaps.png", "write"),
+        ("pcc.png", "write"),
+    ],
+)
 def test_a_full_disk_leaves_the_old_files_whole(file, how, tiny, run, tmp_path, monkeypatch):
-    arguments = ["--model", tiny["gpt2"], tiny["gemma2"], "--n", 3, "--nodes", "mlp_out", *([] if file.endswith("png") else ["--no-plot"])]
+    arguments = [
+        "--model",
+        tiny["gpt2"],
+        tiny["gemma2"],
+        "--n",
+        3,
+        "--nodes",
+        "mlp_out",
+        *([] if file.endswith("png") else ["--no-plot"]),
+    ]
     assert run(*arguments)[0] == 0
     # a failed run may keep the finished part of its work (unfinished-*) for the next one, which takes it away in the end
-    files = lambda: {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file() and not path.name.startswith("unfinished-")}
+    files = lambda: {
+        path: path.read_bytes()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file() and not path.name.startswith("unfinished-")
+    }
     before = files()
     assert len(before) == (7 if file.endswith("png") else 4)
 
     if how == "replace":
-        monkeypatch.setattr(os, "replace", lambda source, target, replace=os.replace: full_disk() if file in str(target) else replace(source, target))
+        monkeypatch.setattr(
+            os,
+            "replace",
+            lambda source, target, replace=os.replace: full_disk() if file in str(target) else replace(source, target),
+        )
     else:
         opened = {"open": lambda path: full_disk(), "write": lambda path: FullDisk(path, "w")}[how]
-        monkeypatch.setattr("builtins.open", lambda path, *a, open=open, **k: opened(path) if file in str(path) and "r" not in a else open(path, *a, **k))
+        monkeypatch.setattr(
+            "builtins.open",
+            lambda path, *a, open=open, **k: (
+                opened(path) if file in str(path) and "r" not in a else open(path, *a, **k)
+            ),
+        )
     code, _, err = run(*arguments, "--seed", 1)
-    assert code == 2 and all(line.startswith("evaluate.py: error:") and file in line and "No space left" in line for line in err), err
+    assert code == 2 and all(
+        line.startswith("evaluate.py: error:") and file in line and "No space left" in line for line in err
+    ), err
     assert len(err) == (1 if file == "pcc.png" else 2)  # one for each model
     after = files()
     assert after.keys() == before.keys()  # no debris

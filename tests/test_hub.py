@@ -3,6 +3,7 @@
 Most tests point huggingface_hub (its constants: it reads the environment once, when it is imported) at the server and
 stay in this process; those about `evaluate.py` start it as a user would, with HF_ENDPOINT in the environment.
 """
+
 import hashlib
 import http.server
 import json
@@ -67,7 +68,10 @@ class Hub:
         self.log.append((request.command, request.path))
         cdn = request.path.startswith("/cdn/")
         parts = request.path.removeprefix("/cdn").split("/")[1:]
-        if len(parts) < 5 or parts[2:4] != ["resolve", "main"]:  # what the client asks besides, such as /api/agent-harnesses
+        if len(parts) < 5 or parts[2:4] != [
+            "resolve",
+            "main",
+        ]:  # what the client asks besides, such as /api/agent-harnesses
             return refuse(404)(request)
         repo, name = "/".join(parts[:2]), "/".join(parts[4:])
         fault = self.faults.get((repo, name), self.faults.get(repo))
@@ -82,7 +86,16 @@ class Hub:
         etag = hashlib.sha256(content).hexdigest()
         if file.suffix in (".safetensors", ".bin") and not cdn:
             location = f"http://localhost:{self.port}/cdn{request.path}"
-            reply(request, 302, {"Location": location, "X-Repo-Commit": self.commit, "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": len(content)})
+            reply(
+                request,
+                302,
+                {
+                    "Location": location,
+                    "X-Repo-Commit": self.commit,
+                    "X-Linked-Etag": f'"{etag}"',
+                    "X-Linked-Size": len(content),
+                },
+            )
         else:
             reply(request, 200, {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit}, content)
 
@@ -136,9 +149,17 @@ def tiny_tokenizer(folder):
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(["When John and Mary went to the store, John gave a drink to"] * 9, vocab_size=290, min_frequency=2, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.train_from_iterator(
+        ["When John and Mary went to the store, John gave a drink to"] * 9,
+        vocab_size=290,
+        min_frequency=2,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>"})
+    )
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +168,9 @@ def folders(tmp_path_factory):
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**{**CHECKPOINTS["gpt2"][1], "vocab_size": 300}))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.GPT2Config(**{**CHECKPOINTS["gpt2"][1], "vocab_size": 300})
+    )
     base = tmp_path_factory.mktemp("checkpoints")
     for kind in ("whole", "sharded", "pickled", "pickled-shards"):
         folder = base / kind
@@ -158,7 +181,9 @@ def folders(tmp_path_factory):
             half, state = {"pickled": "pytorch_model.bin"}.get(kind, "pytorch_model-1.bin"), model.state_dict()
             torch.save(state, folder / half)
             if kind == "pickled-shards":
-                (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(state, half)}))
+                (folder / "pytorch_model.bin.index.json").write_text(
+                    json.dumps({"weight_map": dict.fromkeys(state, half)})
+                )
     assert len(list((base / "sharded").glob("model-*.safetensors"))) > 1
     return {folder.name: folder for folder in base.iterdir()}
 
@@ -214,7 +239,12 @@ def test_a_repository_is_its_directory(kind, hub, folders):
 def test_only_what_is_needed_is_downloaded_once(hub, folders):
     from_pretrained("tiny/whole")
     load_tokenizer("tiny/whole")
-    assert {path.split("/")[-1] for command, path in hub.log if command == "GET" and "/resolve/" in path} == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.split("/")[-1] for command, path in hub.log if command == "GET" and "/resolve/" in path} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     hub.log.clear()
     same_as(folders["whole"], "tiny/whole")
     assert {command for command, _ in hub.log} == {"HEAD"}  # asks whether anything has changed
@@ -286,7 +316,11 @@ def says(name, *words, load=from_pretrained):
     return caught.value
 
 
-@pytest.mark.parametrize("answer", [refuse(404, "RepoNotFound", "Repository not found"), refuse(401, "RepoNotFound", "Repository not found")], ids=["404", "401"])
+@pytest.mark.parametrize(
+    "answer",
+    [refuse(404, "RepoNotFound", "Repository not found"), refuse(401, "RepoNotFound", "Repository not found")],
+    ids=["404", "401"],
+)
 @pytest.mark.parametrize("load", [from_pretrained, load_tokenizer])
 def test_missing_repository(answer, load, hub):
     hub.faults["tiny/absent"] = answer
@@ -302,7 +336,9 @@ def test_gated_repository(status, load, hub):
 
 
 def test_a_repository_whose_files_are_gated_but_not_its_configuration(hub):
-    hub.faults["tiny/whole", "model.safetensors"] = refuse(403, "GatedRepo", "Access to model tiny/whole is restricted.")
+    hub.faults["tiny/whole", "model.safetensors"] = refuse(
+        403, "GatedRepo", "Access to model tiny/whole is restricted."
+    )
     says("tiny/whole", "gated")
 
 
@@ -323,15 +359,24 @@ def test_missing_shard(hub, folders, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize("fault", [hang_up, refuse(500), refuse(503), refuse(429), captive_portal, refuse(401), refuse(403), refuse(404)], ids=["hang-up", "500", "503", "429", "captive portal", "401", "403", "404"])
+@pytest.mark.parametrize(
+    "fault",
+    [hang_up, refuse(500), refuse(503), refuse(429), captive_portal, refuse(401), refuse(403), refuse(404)],
+    ids=["hang-up", "500", "503", "429", "captive portal", "401", "403", "404"],
+)
 def test_broken_server(file, fault, hub):
     hub.faults["tiny/whole", file] = fault
     assert "no weights" not in str(says("tiny/whole", file))  # that is not known
 
 
-@pytest.mark.parametrize("fault", [cut_off_download, cut_short, hang_up_in_download, refuse(500)], ids=["cut off", "cut short", "hang-up", "500"])
+@pytest.mark.parametrize(
+    "fault",
+    [cut_off_download, cut_short, hang_up_in_download, refuse(500)],
+    ids=["cut off", "cut short", "hang-up", "500"],
+)
 def test_a_download_that_breaks(fault, hub, folders, tmp_path):
     """One line, and nothing in the cache that could be taken for the file."""
+
     def strike(request):
         return fault(request)
 
@@ -364,7 +409,9 @@ def test_a_cache_that_cannot_be_written(hub, monkeypatch, tmp_path):
     says("tiny/whole", "config.json")
 
 
-@pytest.mark.parametrize("name", ["gpt3", "no/such/place", "-/-", "a b/c", "./nowhere", "../x", "tiny/..", "tiny/whole@main", "~/gpt2"])
+@pytest.mark.parametrize(
+    "name", ["gpt3", "no/such/place", "-/-", "a b/c", "./nowhere", "../x", "tiny/..", "tiny/whole@main", "~/gpt2"]
+)
 def test_names_that_are_no_repositories(name, hub):
     says(name)
     assert not any("/resolve/" in path for _, path in hub.log)
@@ -377,15 +424,28 @@ def test_names_that_are_no_repositories(name, hub):
 def evaluate(*arguments, hub_url, home, **environment):
     """Runs evaluate.py with huggingface_hub's waits cut to nothing (a full retry takes 23 seconds)."""
     start = "import runpy, sys, time; time.sleep = lambda s: None; sys.argv[0] = 'evaluate.py'; sys.path.insert(0, '.'); runpy.run_path('evaluate.py', run_name='__main__')"
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) and not k.upper().endswith("_PROXY")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) and not k.upper().endswith("_PROXY")
+    }
     env |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, "-c", start, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", start, *map(str, arguments)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.fixture
 def pairs_file(tmp_path):
     file = tmp_path / "pairs.jsonl"
-    file.write_text(json.dumps({"original": [5, 6, 7, 8], "patch": [5, 9, 7, 8], "original_answer": 1, "patch_answer": 2}))
+    file.write_text(
+        json.dumps({"original": [5, 6, 7, 8], "patch": [5, 9, 7, 8], "original_answer": 1, "patch_answer": 2})
+    )
     return file
 
 
@@ -399,10 +459,14 @@ def test_evaluate_ends_in_one_line(case, hub, pairs_file, tmp_path):
     name = "tiny/whole"
     hub.faults[name, "model.safetensors" if case == "cut off" else "config.json"] = fault
     url = hub.url if case != "no network" else "http://127.0.0.1:9"  # the discard port: closed
-    run = evaluate("--model", name, "--prompts", pairs_file, "--out", tmp_path / "out", hub_url=url, home=tmp_path / "home")
+    run = evaluate(
+        "--model", name, "--prompts", pairs_file, "--out", tmp_path / "out", hub_url=url, home=tmp_path / "home"
+    )
     assert run.returncode == 2, run.stderr
     lines = run.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("evaluate.py: error:") and name in lines[0] and words in lines[0], run.stderr
+    assert len(lines) == 1 and lines[0].startswith("evaluate.py: error:") and name in lines[0] and words in lines[0], (
+        run.stderr
+    )
     assert run.stdout == "" and list((tmp_path / "out").iterdir()) == []
 
 
@@ -410,7 +474,15 @@ def test_evaluate_downloads_and_then_works_from_the_cache(hub, folders, pairs_fi
     """The results of a repository are those of its directory; a second run needs no server."""
     arguments = ["--prompts", pairs_file, "--no-plot", "--nodes", "resid_pre", "--out", tmp_path / "out"]
     for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
-        run = evaluate("--model", "tiny/whole", folders["whole"], *arguments, hub_url=hub.url, home=tmp_path / "home", **environment)
+        run = evaluate(
+            "--model",
+            "tiny/whole",
+            folders["whole"],
+            *arguments,
+            hub_url=hub.url,
+            home=tmp_path / "home",
+            **environment,
+        )
         assert (run.returncode, run.stderr) == (0, "")
         hub.faults["tiny/whole"] = refuse(500)
         remote, local = (tmp_path / "out" / f"{slug}-pairs" / "scores.npz" for slug in ("tiny-whole", "whole"))
@@ -450,14 +522,21 @@ def our_pairs(prompts, answers):
     """The notebook's prompts [n, pos] and answers [n, (right, wrong)], as token ids, as our (original, patch, answers)."""
     partner = [i ^ 1 for i in range(len(prompts))]
     assert answers[partner].equal(answers.flip(1))
-    return prompts[partner], prompts, answers.flip(1)  # the original's answer is the partner's: the listed prompt's wrong one
+    return (
+        prompts[partner],
+        prompts,
+        answers.flip(1),
+    )  # the original's answer is the partner's: the listed prompt's wrong one
 
 
 def notebook_scores(model, prompts, answers, run, nodes):
     """{node: [layer, pos]}: what the notebook would show, computed by us."""
     original, patch, ours = our_pairs(prompts, answers)
     values = [relp.logit_diff(model(tokens)[:, -1], ours).mean() for tokens in (original, patch)]
-    return {node: score.mean(0) / (values[1] - values[0]) for node, score in run(model, original, patch, ours, nodes).items()}
+    return {
+        node: score.mean(0) / (values[1] - values[0])
+        for node, score in run(model, original, patch, ours, nodes).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -530,8 +609,18 @@ def test_notebook_scores_agree_with_the_notebooks_own_way(small):
         for node, part in parts.items():
             for layer in range(3):
                 module, pre = part(layer)
-                swap = lambda x, node=node, layer=layer: x if (new := edit(node, layer, x[0] if isinstance(x, tuple) else x)) is None else (new, *x[1:]) if isinstance(x, tuple) else new
-                handles.append(module.register_forward_pre_hook(lambda m, x, swap=swap: swap(x)) if pre else module.register_forward_hook(lambda m, i, x, swap=swap: swap(x)))
+                swap = lambda x, node=node, layer=layer: (
+                    x
+                    if (new := edit(node, layer, x[0] if isinstance(x, tuple) else x)) is None
+                    else (new, *x[1:])
+                    if isinstance(x, tuple)
+                    else new
+                )
+                handles.append(
+                    module.register_forward_pre_hook(lambda m, x, swap=swap: swap(x))
+                    if pre
+                    else module.register_forward_hook(lambda m, i, x, swap=swap: swap(x))
+                )
         logits = hf(tokens).logits[:, -1]
         for handle in handles:
             handle.remove()
@@ -557,6 +646,7 @@ def test_notebook_scores_agree_with_the_notebooks_own_way(small):
             wanted = (delta * corrupted_cache[node, layer].grad).sum((0, 2)) / scale
             torch.testing.assert_close(atp[node][layer], wanted, atol=1e-9, rtol=0)
             for pos in range(7):
+
                 def patch(n, l, x):
                     if (n, l) == (node, layer):
                         return torch.cat([x[:, :pos], clean_cache[n, l][:, pos : pos + 1], x[:, pos + 1 :]], 1)
@@ -572,7 +662,9 @@ def test_folding_and_centring_leave_every_score_as_it_is(small, tmp_path):
     folded(hf).save_pretrained(tmp_path)
     other = from_pretrained(str(tmp_path), dtype=torch.float64)
     for run in NOTEBOOK_RUNS.values():
-        ours, theirs = (notebook_scores(m, prompts, answers, run, ["resid_pre", "attn_out", "mlp_out"]) for m in (model, other))
+        ours, theirs = (
+            notebook_scores(m, prompts, answers, run, ["resid_pre", "attn_out", "mlp_out"]) for m in (model, other)
+        )
         for node in ours:
             torch.testing.assert_close(ours[node], theirs[node], atol=1e-9, rtol=0)
 
@@ -587,7 +679,9 @@ def test_the_notebooks_prompts_have_its_15_positions():
 
 
 @pytest.mark.hub
-@pytest.mark.skipif(os.environ.get("RELP_HUB") != "1", reason="downloads GPT-2 small (0.5 GB) from the Hugging Face Hub: set RELP_HUB=1")
+@pytest.mark.skipif(
+    os.environ.get("RELP_HUB") != "1", reason="downloads GPT-2 small (0.5 GB) from the Hugging Face Hub: set RELP_HUB=1"
+)
 def test_gpt2_gives_the_notebooks_numbers():
     model, tokenizer = from_pretrained("gpt2"), load_tokenizer("gpt2")
     prompts = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(p)] for p in NOTEBOOK["prompts"]])
@@ -597,4 +691,6 @@ def test_gpt2_gives_the_notebooks_numbers():
         wanted = {node: torch.tensor(values) for node, values in NOTEBOOK[name].items()}
         scores = notebook_scores(model, prompts, answers, run, list(wanted))
         for node in wanted:
-            torch.testing.assert_close(scores[node], wanted[node], atol=TOLERANCE, rtol=0, msg=lambda m: f"{name}, {node}: {m}")
+            torch.testing.assert_close(
+                scores[node], wanted[node], atol=TOLERANCE, rtol=0, msg=lambda m: f"{name}, {node}: {m}"
+            )

@@ -1,4 +1,5 @@
 """Every family against transformers, and the loading of checkpoints as they are found in the wild."""
+
 import json
 import shutil
 import subprocess
@@ -44,7 +45,9 @@ def test_a_run_can_be_resumed_in_the_middle(name, checkpoint, tokens):
 
     stream = model.stream(tokens, hook=keep)
     for start in (0, 4, 10):
-        past = lambda node, layer, value: torch.cat([kept[node, layer][:, :start], value], 1) if node in ("k", "v") else value
+        past = lambda node, layer, value: (
+            torch.cat([kept[node, layer][:, :start], value], 1) if node in ("k", "v") else value
+        )
         x = kept["resid_pre", 1][:, start:]
         for layer in (1, 2):
             last = model.block(layer, x, hook=past, start=start, last=True)
@@ -90,7 +93,9 @@ def test_fused_attention_gives_the_same_results(name, checkpoint, tokens, monkey
     results = []
     for fused in ((), ("cpu",)):
         monkeypatch.setattr("models.FUSED", fused)
-        scores = [relp.attribute(model, tokens, patch, answers, nodes, lrp=rules) for rules in (False, True, Rules(ah=True))]
+        scores = [
+            relp.attribute(model, tokens, patch, answers, nodes, lrp=rules) for rules in (False, True, Rules(ah=True))
+        ]
         scores.append(relp.activation_patching(model, tokens, patch, answers, nodes))
         results.append([model(tokens), *(s[n] for s in scores for n in nodes)])
     assert "pattern" in [n for n, _ in relp.record(model, tokens, ("pattern",))[1]]
@@ -119,7 +124,12 @@ def test_loading_needs_little_more_memory_than_the_weights(dtype, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(hf))
     save_file(to_checkpoint(model), tmp_path / "model.safetensors")
     del model
-    measured = subprocess.run([sys.executable, "-c", MEASURE_LOADING, tmp_path, dtype], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE_LOADING, tmp_path, dtype],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
     peak, weights = map(int, measured.stdout.split())
     assert weights > 1.2e8
     assert peak < 1.15 * weights + 5e7, (peak / weights, measured.stderr)  # 5e7: what Python imports on the way
@@ -194,7 +204,9 @@ def test_configurations_as_transformers_4_wrote_them(name, config, without, chec
 
 
 def test_rope_scaling_matters(checkpoint, copied, tokens):
-    assert not same_logits(copied("llama3", {"rope_parameters": {**LLAMA3_ROPE, "factor": 2.0}}), checkpoint("llama3")[0], tokens)
+    assert not same_logits(
+        copied("llama3", {"rope_parameters": {**LLAMA3_ROPE, "factor": 2.0}}), checkpoint("llama3")[0], tokens
+    )
 
 
 @pytest.mark.parametrize("name, change", [
@@ -219,7 +231,9 @@ def test_sharded_and_pickled_checkpoints(name, checkpoint, tokens, tmp_path):
     torch.save(hf.state_dict(), pickled / "pytorch_model.bin")
     assert same_logits(pickled, path, tokens)
     (pickled / "pytorch_model.bin").rename(pickled / "part.bin")
-    (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(hf.state_dict(), "part.bin")}))
+    (pickled / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(hf.state_dict(), "part.bin")})
+    )
     assert same_logits(pickled, path, tokens)
 
 
@@ -268,4 +282,14 @@ def test_a_pickle_with_code_in_it_is_not_run(checkpoint, tmp_path):
 
 
 def test_short_names_cover_the_papers_models():
-    assert {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "pythia-70m", "pythia-410m", "qwen2-0.5b", "qwen2-7b", "gemma2-2b"} < SHORT_NAMES.keys()
+    assert {
+        "gpt2",
+        "gpt2-medium",
+        "gpt2-large",
+        "gpt2-xl",
+        "pythia-70m",
+        "pythia-410m",
+        "qwen2-0.5b",
+        "qwen2-7b",
+        "gemma2-2b",
+    } < SHORT_NAMES.keys()

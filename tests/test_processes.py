@@ -1,4 +1,5 @@
 """Several processes, and runs that are stopped: the numbers must be those of one process that was left alone."""
+
 import json
 import os
 import re
@@ -34,7 +35,16 @@ def run(*command, script=None):
 
 
 def torchrun(*arguments, script=None):
-    return run(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--", script or ROOT / "evaluate.py", *arguments, script=script)
+    return run(
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--",
+        script or ROOT / "evaluate.py",
+        *arguments,
+        script=script,
+    )
 
 
 def scores(folder):
@@ -102,7 +112,9 @@ evaluate.save = killed
     assert not list(out.glob("*/scores.npz")) and len(list(out.glob("*/unfinished-0-*.npz"))) == 2
     result = run(sys.executable, ROOT / "evaluate.py", *arguments, "--out", out)
     assert result.returncode == 0, result.stderr
-    assert "8 positions of this batch are done" in result.stdout and "3 positions of this batch are done" in result.stdout
+    assert (
+        "8 positions of this batch are done" in result.stdout and "3 positions of this batch are done" in result.stdout
+    )
     for key, value in scores(out).items():
         np.testing.assert_array_equal(value, wanted[key])
     assert not list(out.glob("*/unfinished*"))

@@ -24,9 +24,16 @@ def ap_by_definition(model, original, patch, answers, nodes, metric=relp.logit_d
     for name in nodes:
         node = relp.PARTS_OF.get(name, name)
         for layer in range(model.config.n_layers):
-            value, parts = patch_acts[node, layer], range(patch_acts[node, layer].shape[2]) if name in relp.PARTS_OF else None
+            value, parts = (
+                patch_acts[node, layer],
+                range(patch_acts[node, layer].shape[2]) if name in relp.PARTS_OF else None,
+            )
             for pos in range(original.shape[1]):
-                result[name, layer, pos] = torch.stack([effect((node, layer), pos, i) for i in parts], -1) if parts else effect((node, layer), pos)
+                result[name, layer, pos] = (
+                    torch.stack([effect((node, layer), pos, i) for i in parts], -1)
+                    if parts
+                    else effect((node, layer), pos)
+                )
     stack = lambda name, layer: torch.stack([result[name, layer, pos] for pos in range(original.shape[1])], dim=1)
     return {name: torch.stack([stack(name, layer) for layer in range(model.config.n_layers)], dim=1) for name in nodes}
 
@@ -41,7 +48,10 @@ def pair():
     return original, patch, answers
 
 
-@pytest.mark.parametrize("name, metric", [(name, relp.logit_diff) for name in FAMILIES] + [("gpt2", relp.prob_diff), ("gemma2", relp.logprob_diff)])
+@pytest.mark.parametrize(
+    "name, metric",
+    [(name, relp.logit_diff) for name in FAMILIES] + [("gpt2", relp.prob_diff), ("gemma2", relp.logprob_diff)],
+)
 def test_activation_patching_is_its_definition(name, metric, checkpoint, pair):
     model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
     nodes = [n for n in model.nodes if n not in ("k", "v", "pattern")]
@@ -73,7 +83,9 @@ def test_heads_and_neurons(name, checkpoint, pair):
             return x
 
         with torch.no_grad():
-            change = relp.logit_diff(model(pair[0], hook=hook)[:, -1], pair[2]) - relp.logit_diff(model(pair[0])[:, -1], pair[2])
+            change = relp.logit_diff(model(pair[0], hook=hook)[:, -1], pair[2]) - relp.logit_diff(
+                model(pair[0])[:, -1], pair[2]
+            )
         assert change.abs().max() > 1e-6
         torch.testing.assert_close(got["neuron"][:, layer, pos, neuron], change, atol=1e-12, rtol=0)
     for lrp in (False, True):
@@ -88,7 +100,13 @@ def test_heads_and_neurons(name, checkpoint, pair):
 def test_lockstep_changes_the_work_and_not_the_result(name, checkpoint, pair, monkeypatch):
     """Processes that share weights make the same calls whatever their prompts are; the effects stay the same, zeros included."""
     model, nodes, calls = from_pretrained(str(checkpoint(name)[0])), ["resid_pre", "head"], []
-    monkeypatch.setattr(type(model), "block", lambda self, layer, x, *a, f=type(model).block, **k: calls.append((layer, x.shape)) or f(self, layer, x, *a, **k))
+    monkeypatch.setattr(
+        type(model),
+        "block",
+        lambda self, layer, x, *a, f=type(model).block, **k: (
+            calls.append((layer, x.shape)) or f(self, layer, x, *a, **k)
+        ),
+    )
     wanted, other = relp.activation_patching(model, *pair, nodes), [x.flip(0) for x in pair]
     every = []
     for batch in (pair, other):
@@ -115,7 +133,9 @@ def test_atp_is_the_derivative(name, checkpoint, pair):
     """Eq. 2 against central finite differences: the metric with (a sliver of) the difference added to one node."""
     model, step = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64), 1e-5
     original, patch, answers = pair
-    nodes = [n for n in model.nodes if n in ("resid_pre", "attn_out", "mlp_out", "z", "mlp_hidden", "pattern", "q", "k", "v")]
+    nodes = [
+        n for n in model.nodes if n in ("resid_pre", "attn_out", "mlp_out", "z", "mlp_hidden", "pattern", "q", "k", "v")
+    ]
     _, acts = relp.record(model, original, nodes)
     _, patch_acts = relp.record(model, patch, nodes)
     got = relp.attribute(model, *pair, nodes)
@@ -132,7 +152,9 @@ def test_atp_is_the_derivative(name, checkpoint, pair):
                 with torch.no_grad():
                     return relp.logit_diff(model(original, hook=hook)[:, -1], answers)
 
-            torch.testing.assert_close(got[node][:, layer, pos], (moved(step) - moved(-step)) / (2 * step), atol=1e-7, rtol=1e-5)
+            torch.testing.assert_close(
+                got[node][:, layer, pos], (moved(step) - moved(-step)) / (2 * step), atol=1e-7, rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -201,7 +223,11 @@ def test_all_methods_agree_on_a_linear_model():
     g = torch.Generator().manual_seed(1)
     batch = *torch.randint(11, (2, 4, 9), generator=g), torch.randint(11, (4, 2), generator=g)
     model, nodes = LinearModel(), ("resid_pre", "attn_out", "resid_post")
-    ap, atp, relevance = relp.activation_patching(model, *batch, nodes), relp.attribute(model, *batch, nodes), relp.attribute(model, *batch, nodes, lrp=True)
+    ap, atp, relevance = (
+        relp.activation_patching(model, *batch, nodes),
+        relp.attribute(model, *batch, nodes),
+        relp.attribute(model, *batch, nodes, lrp=True),
+    )
     for node in nodes:
         assert ap[node].abs().max() > 0.1
         torch.testing.assert_close(atp[node], ap[node], atol=1e-10, rtol=1e-10)
@@ -211,7 +237,9 @@ def test_all_methods_agree_on_a_linear_model():
 def test_two_forward_passes_one_backward_no_weight_gradient(checkpoint, pair, monkeypatch):
     model = from_pretrained(str(checkpoint("llama")[0])).requires_grad_(True)  # even where somebody asks for them
     calls = []
-    monkeypatch.setattr(type(model), "stream", lambda self, *a, f=type(model).stream, **k: calls.append("forward") or f(self, *a, **k))
+    monkeypatch.setattr(
+        type(model), "stream", lambda self, *a, f=type(model).stream, **k: calls.append("forward") or f(self, *a, **k)
+    )
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append("backward") or grad(*a, **k))
     relp.attribute(model, *pair, ("resid_pre", "mlp_out"), lrp=True)
@@ -236,7 +264,11 @@ def test_cells_where_the_runs_agree_are_exactly_zero(checkpoint, pair):
     torch.testing.assert_close(patch_value, relp.logit_diff(model(pair[1])[:, -1], pair[2]))
     for node in nodes:
         assert not differs[node][:, :, :3].any() and differs[node][:, 0, 3].all()
-        for scores in (relp.activation_patching(model, *pair, nodes), relp.attribute(model, *pair, nodes), relp.attribute(model, *pair, nodes, lrp=True)):
+        for scores in (
+            relp.activation_patching(model, *pair, nodes),
+            relp.attribute(model, *pair, nodes),
+            relp.attribute(model, *pair, nodes, lrp=True),
+        ):
             assert (scores[node][~differs[node]] == 0).all()
     assert (differs["resid_pre"][:, 0] == (pair[0] != pair[1])).all()  # layer 0: the tokens themselves
 
@@ -291,11 +323,15 @@ def test_pcc_by_hand():
     assert got["averaged"] == pytest.approx(corr(flat(scores), flat(ap)))
     every = lambda s: np.concatenate([s[0].flatten(), s[1].flatten(), s[2, :, :3].flatten()])
     assert got["pooled"] == pytest.approx(corr(every(scores), every(ap)))
-    each = [corr(scores[i].flatten(), ap[i].flatten()) for i in (0, 1)] + [corr(scores[2, :, :3].flatten(), ap[2, :, :3].flatten())]
+    each = [corr(scores[i].flatten(), ap[i].flatten()) for i in (0, 1)] + [
+        corr(scores[2, :, :3].flatten(), ap[2, :, :3].flatten())
+    ]
     assert got["per_prompt"] == pytest.approx(np.mean(each)) and got["per_prompt_std"] == pytest.approx(np.std(each))
 
     got = relp.pcc(scores, ap, groups, cells)
-    flat = lambda s: np.concatenate([s[:2].mean(0).flatten(), s[2, :, 1:3].flatten()])  # "long" keeps position 0: it differs in one prompt
+    flat = lambda s: np.concatenate(
+        [s[:2].mean(0).flatten(), s[2, :, 1:3].flatten()]
+    )  # "long" keeps position 0: it differs in one prompt
     assert got["averaged"] == pytest.approx(corr(flat(scores), flat(ap)))
     every = lambda s: np.concatenate([s[0].flatten(), s[1, :, 1:].flatten(), s[2, :, 1:3].flatten()])
     assert got["pooled"] == pytest.approx(corr(every(scores), every(ap)))

@@ -1,4 +1,5 @@
 """Table 1: each rule against its formula by hand, what the rules must leave alone, and what they must conserve."""
+
 import itertools
 
 import pytest
@@ -27,6 +28,7 @@ def x():
 
 def test_ln_rule(x):
     for centre in (False, True):  # RMSNorm, LayerNorm
+
         def norm(x, on=True):
             return models.ln_rule(x - x.mean(-1, keepdim=True) if centre else x, 1e-5, on)
 
@@ -44,9 +46,11 @@ def test_ln_rule(x):
 @pytest.mark.parametrize("act", models.GATES)
 def test_identity_rule(act, x):
     gate = models.GATES[act]
-    reference = {"gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu, "swish": torch.nn.functional.silu}.get(
-        act, lambda x: torch.nn.functional.gelu(x, approximate="tanh")
-    )
+    reference = {
+        "gelu": torch.nn.functional.gelu,
+        "silu": torch.nn.functional.silu,
+        "swish": torch.nn.functional.silu,
+    }.get(act, lambda x: torch.nn.functional.gelu(x, approximate="tanh"))
     torch.testing.assert_close(models.identity_rule(x, gate, True), reference(x), atol=1e-12, rtol=1e-9)
     got, s = rho(lambda x: models.identity_rule(x, gate, True), x)
     wanted = torch.where(x == 0, 0.5, reference(x) / x) * s
@@ -71,7 +75,9 @@ def test_half_rule(x):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_half_rule_is_exact_down_to_the_smallest_numbers(dtype):
-    tiny = torch.arange(1, 9) * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # subnormal: half of an odd one is not representable
+    tiny = (
+        torch.arange(1, 9) * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    )  # subnormal: half of an odd one is not representable
     assert torch.equal(models.half_rule(tiny.to(dtype), torch.ones(8, dtype=dtype), True), tiny.to(dtype))
 
 
@@ -88,7 +94,9 @@ def test_gamma_rule(x, bias):
     w, b, gamma = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, dtype=torch.float64) if bias else None, 0.25
     got, s = rho(lambda x: models.linear_rule(x, w, b, Rules(gamma=gamma)), x)
     wanted = torch.zeros_like(x)
-    for n, j in itertools.product(range(len(x)), range(len(w))):  # R_i = (share of contribution i in y_j) R_j, one by one
+    for n, j in itertools.product(
+        range(len(x)), range(len(w))
+    ):  # R_i = (share of contribution i in y_j) R_j, one by one
         z = torch.cat([x[n] * w[j], b[j : j + 1] if bias else x.new_zeros(1)])
         y = z.sum()
         z = z + gamma * (z.clamp(min=0) if y > 0 else z.clamp(max=0))
@@ -105,7 +113,10 @@ def test_gamma_rule_is_montavons_where_everything_is_positive(x):
     torch.testing.assert_close(x * only_positive, wanted)
 
 
-ALL_RULES = [Rules(*bits) for bits in itertools.product([False, True], repeat=4)] + [Rules(True, True, True, True, epsilon=0.1), Rules(ln=True, gamma=0.5)]
+ALL_RULES = [Rules(*bits) for bits in itertools.product([False, True], repeat=4)] + [
+    Rules(True, True, True, True, epsilon=0.1),
+    Rules(ln=True, gamma=0.5),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -134,7 +145,9 @@ def relevance_by_layer(model, tokens, answers, rules):
     return torch.stack([(x * r).flatten(1).sum(1) for x, r in zip(acts.values(), rho)], dim=1).detach(), value.detach()
 
 
-@pytest.mark.parametrize("rules", [Rules(True, True, True, True), Rules(True, True, True, True, gamma=0.3)], ids=["0-rule", "gamma"])
+@pytest.mark.parametrize(
+    "rules", [Rules(True, True, True, True), Rules(True, True, True, True, gamma=0.3)], ids=["0-rule", "gamma"]
+)
 @pytest.mark.parametrize("name", ["llama", "llama3", "qwen2", "gemma2-mha-no-caps", "gpt2", "neox", "neox-sequential"])
 def test_relevance_is_conserved(name, rules, checkpoint, tokens):
     """With all rules, and no bias to keep a share, every layer's relevances sum to the metric. Without AH they do not."""

@@ -1,4 +1,5 @@
 """Prompt pairs: aligned, labelled, reproducible; and whatever is not a pair is refused in one clear line."""
+
 import json
 import re
 import sys
@@ -20,6 +21,7 @@ ROLES = {
 
 class Words:
     """One token per word (with its space) or mark. Ids are given out as words are met, or from `vocab` alone."""
+
     bos_id = 0
 
     def __init__(self, vocab=None, split=()):
@@ -47,6 +49,7 @@ class Words:
 
 class Real:
     """A `tokenizers` tokenizer behind the interface that tasks.py asks for."""
+
     def __init__(self, name):
         tokenizers = pytest.importorskip("tokenizers")
         folder = SHARED / "tokenizers" / name
@@ -73,11 +76,15 @@ def real(request):
 
 def slots(pair, prompt, tokenizer):
     """The word at each slot of a prompt."""
-    return {role: tokenizer.decode([i]).strip() for role, i in zip(pair.roles, prompt)
-            if role in ("B1", "A", "S2", "PLACE", "OBJECT")}
+    return {
+        role: tokenizer.decode([i]).strip()
+        for role, i in zip(pair.roles, prompt)
+        if role in ("B1", "A", "S2", "PLACE", "OBJECT")
+    }
 
 
 # IOI
+
 
 def test_word_lists():
     lists = {"names": NAMES, "places": PLACES, "objects": OBJECTS}
@@ -90,9 +97,11 @@ def test_word_lists():
 
 
 def test_templates_are_table_2():
-    table_2 = ["Then, [B] and [A] went to the [PLACE]. [B] gave a [OBJECT] to",
-               "When, [B] and [A] went to the [PLACE]. [B] gave a [OBJECT] to",
-               "After [B] and [A] went to the [PLACE], [B] gave a [OBJECT] to"]
+    table_2 = [
+        "Then, [B] and [A] went to the [PLACE]. [B] gave a [OBJECT] to",
+        "When, [B] and [A] went to the [PLACE]. [B] gave a [OBJECT] to",
+        "After [B] and [A] went to the [PLACE], [B] gave a [OBJECT] to",
+    ]
     assert [t.replace("B1", "B").replace("S2", "B") for t in tasks.TEMPLATES] == table_2
 
 
@@ -219,6 +228,7 @@ def test_a_tokenizer_that_merges_words_is_refused():
     class Merging(Words):
         def pieces(self, text):
             return [p for w in re.findall(r" went to| ?\w+|[^\w]", text) for p in [w]]
+
     with pytest.raises(ValueError, match="encodes 'Then, .*differently from its words"):
         ioi(Merging(), 3)
 
@@ -235,6 +245,7 @@ def write(tmp_path):
         path = tmp_path / "pairs.jsonl"
         path.write_bytes(b"\n".join(x if type(x) is bytes else json.dumps(x).encode() for x in lines))
         return path
+
     return write
 
 
@@ -257,8 +268,9 @@ def test_strings(write):
 
 
 def test_feature_circuits_names_and_extra_fields(write):
-    theirs = dict(clean_prefix="The cat", patch_prefix="The cats", clean_answer=" is", patch_answer=" are",
-                  case="singular")
+    theirs = dict(
+        clean_prefix="The cat", patch_prefix="The cats", clean_answer=" is", patch_answer=" are", case="singular"
+    )
     t = Words()
     assert read_pairs(write(theirs), t) == read_pairs(write({**LINE, "note": None}), t)
 
@@ -287,41 +299,49 @@ def test_text_that_holds_a_line_separator(write):
     assert len(read_pairs(write(line, LINE), Words())) == 2
 
 
-@pytest.mark.parametrize("change, parts", [
-    (dict(patch="The big cats"), ["equally many tokens", "2 tokens ['The', ' cat']",
-                                  "3 tokens ['The', ' big', ' cats']"]),
-    (dict(patch="The cat"), ["must differ", "2 tokens ['The', ' cat']"]),
-    (dict(original_answer=" is not"), ["original_answer must be one token", "2 tokens [' is', ' not']"]),
-    (dict(patch_answer=" are not"), ["patch_answer must be one token", "2 tokens [' are', ' not']"]),
-    (dict(original_answer=" are"), ["must differ", "1 token [' are']"]),
-    (dict(original=""), ["original is empty"]),
-    (dict(original="", patch=""), ["original is empty"]),
-    (dict(patch=[5, 7]), ["both strings or both lists", "'The cat'", "[5, 7]"]),
-    (dict(original=None, patch=None), ["original must be a string or token ids", "None"]),
-    (dict(patch_answer=True), ["patch_answer must be a string or token ids", "True"]),
-    (dict(patch_answer=""), ["patch_answer is empty"]),
-])
+@pytest.mark.parametrize(
+    "change, parts",
+    [
+        (
+            dict(patch="The big cats"),
+            ["equally many tokens", "2 tokens ['The', ' cat']", "3 tokens ['The', ' big', ' cats']"],
+        ),
+        (dict(patch="The cat"), ["must differ", "2 tokens ['The', ' cat']"]),
+        (dict(original_answer=" is not"), ["original_answer must be one token", "2 tokens [' is', ' not']"]),
+        (dict(patch_answer=" are not"), ["patch_answer must be one token", "2 tokens [' are', ' not']"]),
+        (dict(original_answer=" are"), ["must differ", "1 token [' are']"]),
+        (dict(original=""), ["original is empty"]),
+        (dict(original="", patch=""), ["original is empty"]),
+        (dict(patch=[5, 7]), ["both strings or both lists", "'The cat'", "[5, 7]"]),
+        (dict(original=None, patch=None), ["original must be a string or token ids", "None"]),
+        (dict(patch_answer=True), ["patch_answer must be a string or token ids", "True"]),
+        (dict(patch_answer=""), ["patch_answer is empty"]),
+    ],
+)
 def test_string_pairs_refused(write, change, parts):
     message = refused(write(LINE, b"", {**LINE, **change}), Words())
     for part in ["line 3:", *parts]:
         assert part in message
 
 
-@pytest.mark.parametrize("change, parts", [
-    (dict(patch=[5, 7, 7]), ["2 tokens ['5', '6']", "3 tokens ['5', '7', '7']"]),
-    (dict(patch=[5, 6]), ["must differ"]),
-    (dict(original=[]), ["original is empty"]),
-    (dict(patch_answer=8), ["patch_answer must differ"]),
-    (dict(patch_answer=[8, 9]), ["patch_answer must be one token", "2 tokens"]),
-    (dict(original=[5, True]), ["original", "integer, from 0 to 9", "True"]),
-    (dict(original=[5, 6.0]), ["integer", "6.0"]),
-    (dict(original=[5, "a"]), ["integer", "'a'"]),
-    (dict(patch=[5, 10]), ["patch", "from 0 to 9", "got 10"]),
-    (dict(patch=[5, -1]), ["patch", "from 0 to 9", "got -1"]),
-    (dict(original_answer=10), ["original_answer", "from 0 to 9", "got 10"]),
-    (dict(original=5), ["original must be a string or token ids; got 5"]),
-    (dict(original_answer=" is"), ["original_answer", "' is'", "needs a tokenizer"]),
-])
+@pytest.mark.parametrize(
+    "change, parts",
+    [
+        (dict(patch=[5, 7, 7]), ["2 tokens ['5', '6']", "3 tokens ['5', '7', '7']"]),
+        (dict(patch=[5, 6]), ["must differ"]),
+        (dict(original=[]), ["original is empty"]),
+        (dict(patch_answer=8), ["patch_answer must differ"]),
+        (dict(patch_answer=[8, 9]), ["patch_answer must be one token", "2 tokens"]),
+        (dict(original=[5, True]), ["original", "integer, from 0 to 9", "True"]),
+        (dict(original=[5, 6.0]), ["integer", "6.0"]),
+        (dict(original=[5, "a"]), ["integer", "'a'"]),
+        (dict(patch=[5, 10]), ["patch", "from 0 to 9", "got 10"]),
+        (dict(patch=[5, -1]), ["patch", "from 0 to 9", "got -1"]),
+        (dict(original_answer=10), ["original_answer", "from 0 to 9", "got 10"]),
+        (dict(original=5), ["original must be a string or token ids; got 5"]),
+        (dict(original_answer=" is"), ["original_answer", "' is'", "needs a tokenizer"]),
+    ],
+)
 def test_id_pairs_refused(write, change, parts):
     message = refused(write(IDS, {**IDS, **change}), n_vocab=10)
     for part in ["line 2:", *parts]:
@@ -330,7 +350,7 @@ def test_id_pairs_refused(write, change, parts):
 
 def test_the_range_of_ids(write):
     assert read_pairs(write({**IDS, "patch": [0, 9]}), n_vocab=10)[0].patch == (0, 9)
-    assert read_pairs(write({**IDS, "patch": [5, 10 ** 6]}))[0].patch == (5, 10 ** 6)  # nothing to check against
+    assert read_pairs(write({**IDS, "patch": [5, 10**6]}))[0].patch == (5, 10**6)  # nothing to check against
     assert "0 or more" in refused(write({**IDS, "patch": [5, -1]}))
     assert "from 0 to 3" in refused(write(LINE), Words(), n_vocab=4)  # a tokenizer of another model
 
@@ -343,17 +363,30 @@ def test_strings_need_a_tokenizer_and_bos_a_bos(write):
     assert read_pairs(write(LINE), t, bos=False) and read_pairs(write(IDS), t)
 
 
-@pytest.mark.parametrize("field, theirs", [("original", "clean_prefix"), ("patch", "patch_prefix"),
-                                           ("original_answer", "clean_answer"), ("patch_answer", "")])
+@pytest.mark.parametrize(
+    "field, theirs",
+    [
+        ("original", "clean_prefix"),
+        ("patch", "patch_prefix"),
+        ("original_answer", "clean_answer"),
+        ("patch_answer", ""),
+    ],
+)
 def test_missing_fields(write, field, theirs):
     message = refused(write(LINE, {k: v for k, v in LINE.items() if k != field}), Words())
     assert f"line 2: no field '{field}'" in message and theirs in message
 
 
-@pytest.mark.parametrize("line, part", [
-    (b'{"original": ', "not JSON"), (b"The cat", "not JSON"), (b"[1, 2]", "must be a JSON object; got [1, 2]"),
-    (b"3", "must be a JSON object; got 3"), (b'{"original": "\xff"}', "not UTF-8"),
-])
+@pytest.mark.parametrize(
+    "line, part",
+    [
+        (b'{"original": ', "not JSON"),
+        (b"The cat", "not JSON"),
+        (b"[1, 2]", "must be a JSON object; got [1, 2]"),
+        (b"3", "must be a JSON object; got 3"),
+        (b'{"original": "\xff"}', "not UTF-8"),
+    ],
+)
 def test_lines_that_are_no_objects(write, line, part):
     message = refused(write(IDS, line))
     assert "line 2: " + part in message
@@ -375,6 +408,7 @@ def test_subject_verb_agreement_files(real, name, tmp_path):
 
     def length(text):
         return len(real.encode(text))
+
     good, bad = [], []
     for line in lines:
         d = json.loads(line)

@@ -22,7 +22,8 @@ QWEN2_PATTERN = CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + REST
 LLAMA3_PATTERN = CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + REST
 END = "<|endoftext|>"
 
-FRAGMENTS = """
+FRAGMENTS = (
+    """
 When Mary and John went to the store§, John gave a drink to§The keys that the man near the cabinet holds§are§is§haha
 don't§I'LL§we've§they'd§she's§IT'S§o'clock§'tis§rock'n'roll§naïve café§def f(x, *, y=0):§return {'a': [1, 2]}§banana
 if (a<=b && !c) { i++; }§// comment§/* x */§#include <stdio.h>§https://example.org/a?b=c&d=%20e§snake_case§CamelCase
@@ -30,7 +31,10 @@ if (a<=b && !c) { i++; }§// comment§/* x */§#include <stdio.h>§https://examp
 😀§👩‍👩‍👧‍👦§🏳️‍🌈§👍🏽§🇫🇷§❤️§∑∂√∞§≠§½§٣٤٥§Ⅷ§１２３§0§7§42§1984§123456789§3.14159§1,000,000§$5.00§50%§…§—§“quoted”§'§"
 e\u0301§n\u0303o§a\u030a§\u1112\u1161\u11ab§o\u0302\u0301§A\u030a\u212b§\u0e33§ﬁ§ſ'ſ§K'ſ§\u200b§\u00a0§\u3000§\u2028§\x85§\x00§\x7f§\ufeff§aaaa
 \U00010348§\U0001f9ff§▁§a▁b§<0x0A>§<0xE2>§<|endoftext|>§<|padding|>§<bos>§<s>§<|im_start|>user§<unk>§zqx§ qzqzq§qzqzqs
-""".strip("\n").replace("\n", "§").split("§")
+""".strip("\n")
+    .replace("\n", "§")
+    .split("§")
+)
 ASSIGNED = [c for c in range(0x20000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
 GAPS = [" "] * 8 + ["", "", "  ", "   ", "\n", "\n\n", "\t", "\t\t", " \n", "\r\n", "\n    "]
 
@@ -179,7 +183,12 @@ def sentencepiece_kind(order: str) -> dict:
     number(spec, [*tokens, *byte_tokens, "<unk>"], ("<bos>", "<eos>", "<s>", "<|im_start|>"))
     if order != "trained":  # as in Gemma's file
         spec["model"]["vocab"]["\t"] = spec["model"]["vocab"]["<0x09>"]
-    spec["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    spec["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
     spec["added_tokens"].append(added_token("<unk>", spec["model"]["vocab"]["<unk>"]))
     return spec
 
@@ -281,7 +290,9 @@ def test_vocab_and_merges_equal_tokenizer_json(tmp_path):
     number(spec, [*spec["model"]["vocab"], END], ())
     spec["added_tokens"] = [added_token(END, spec["model"]["vocab"][END])]
     reference, one_file = both(spec, tmp_path)
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in spec["model"]["merges"]) + "\n")
+    (tmp_path / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(m) for m in spec["model"]["merges"]) + "\n"
+    )
     two = save(tmp_path, vocab=spec["model"]["vocab"]) | {"merges.txt": tmp_path / "merges.txt"}
     two_files, lines = Tokenizer.from_files(two), made_up_lines(500, seed=7)
     assert not differences(reference, two_files, lines)
@@ -352,7 +363,9 @@ def test_what_it_cannot_read_is_one_clear_line(contents, message, tmp_path):
 
 
 def test_missing_files_and_bytes(tmp_path):
-    with pytest.raises(ValueError, match=r"no tokenizer.json, and no vocab.json with merges.txt, among \['vocab.json'\]"):
+    with pytest.raises(
+        ValueError, match=r"no tokenizer.json, and no vocab.json with merges.txt, among \['vocab.json'\]"
+    ):
         Tokenizer.from_files(save(tmp_path, vocab={"a": 0}))
     with pytest.raises(ValueError, match="tokenizer.json: cannot be read: .*No such file"):
         Tokenizer.from_files({"tokenizer.json": tmp_path / "tokenizer.json"})
