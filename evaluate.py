@@ -425,7 +425,7 @@ def batch_sizes(given: str, c: models.Config, length: int, device: torch.device)
     per_token = 4 * (20 * c.d_model + 8 * c.d_mlp + 4 * c.n_heads * length)  # bytes of one layer's activations
     runs = max(1, memory // (per_token * length))
     return max(1, runs // c.n_layers), min(
-        runs, max(1, (2**16 if device.type == "cuda" else 2**10) // length)
+        runs, max(1, (2**16 if device.type == "cuda" else 2**9) // length)
     )  # on a CPU what stays in the cache is fastest
 
 

@@ -185,11 +185,6 @@ class RMSNorm(nn.Module):
         return (ln_rule(upcast(x), self.eps, run.rules.ln) * (self.offset + upcast(self.weight))).to(x.dtype)
 
 
-FUSED = (
-    "cuda",
-)  # where attention is one kernel unless somebody wants the pattern, which is constant where q and k are
-
-
 class Attention(nn.Module):
     def __init__(self, c: "Config", layer: int):
         super().__init__()
@@ -209,7 +204,7 @@ class Attention(nn.Module):
         if c.n_kv_heads < c.n_heads:
             k, v = (y.repeat_interleave(c.n_heads // c.n_kv_heads, dim=2) for y in (k, v))
         hidden = unseen(first, q.shape[1], k.shape[1], self.window, x.device)
-        if x.device.type in FUSED and c.attn_softcap is None and not run.wants("pattern"):
+        if c.attn_softcap is None and not run.wants("pattern"):  # one kernel; the pattern is constant where q and k are
             q, k, v = (
                 ah_rule(q, run.rules.ah).transpose(1, 2),
                 ah_rule(k, run.rules.ah).transpose(1, 2),

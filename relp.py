@@ -149,9 +149,8 @@ def compare(
     stream, acts = record(model, original, nodes)
     patch_stream, patch_acts = record(model, patch, nodes)
     values = [read_out(model, s, answers, metric) for s in (stream, patch_stream)]
-    return *values, by_layer(
-        model, nodes, lambda name, key: changed(acts[key], patch_acts[key], parts=name in PARTS_OF)
-    )
+    differs = lambda name, key: changed(acts[key], patch_acts[key], parts=name in PARTS_OF)
+    return *values, by_layer(model, nodes, differs)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -166,7 +165,7 @@ def activation_patching(
     answers: Tensor,
     nodes,
     metric=logit_diff,
-    rows=64,
+    rows=32,
     pieces=None,
     progress=None,
     lockstep=False,
@@ -222,9 +221,8 @@ def activation_patching(
         if name == "resid_pre":  # written ahead of its layer
             return torch.cat([value, streams[layer][prompts, pos + 1 :]], dim=1)
         # written behind its layer, within which it changes the stream at pos alone
-        edited = model.block(
-            layer, streams[layer][prompts, pos : pos + 1], hook=resumed(prompts, pos, key, value), start=pos
-        )
+        here = streams[layer][prompts, pos : pos + 1]
+        edited = model.block(layer, here, hook=resumed(prompts, pos, key, value), start=pos)
         return torch.cat([edited, streams[layer + 1][prompts, pos + 1 :]], dim=1)
 
     def convoys(pos):
@@ -235,13 +233,14 @@ def activation_patching(
                 layer = entry if name == "resid_pre" else entry - 1
                 if 0 <= layer < n_layers:
                     where = (differs[name][:, layer, pos] | lockstep).nonzero()
-                    for part in where.split(most):
+                    for part in where.split(most) if len(where) else ():
                         if size + len(part) > most:
                             yield convoy
                             convoy, size = [], 0
                         convoy.append((entry, name, layer, part.unbind(1)))
                         size += len(part)
-        yield convoy
+        if convoy:
+            yield convoy
 
     def effects_at(pos):
         """{name: [batch, layer, ...]}: the effects of all patches at one position."""
@@ -249,7 +248,7 @@ def activation_patching(
         effect = {name: base.new_zeros(d[:, :, pos].shape) for name, d in differs.items()}
         for convoy in convoys(pos):
             prompts, x = original.new_zeros(0), final[:0, pos:]
-            for layer in range(convoy[0][0] if convoy else n_layers, n_layers + 1):
+            for layer in range(convoy[0][0], n_layers + 1):
                 for entry, *which, where in convoy:
                     if entry == layer:
                         prompts, x = torch.cat([prompts, where[0]]), torch.cat([x, patched_stream(*which, pos, where)])

@@ -79,7 +79,7 @@ def matmul_rate(c, rows, device):
 
 def bench_ap(model, corruption, args, device):
     c, batch = model.config, random_pairs(corruption, args.prompts, args.length, model.config.n_vocab, device)
-    rows = (2**10 if device.type == "cpu" else 2**16) // args.length
+    rows = (2**9 if device.type == "cpu" else 2**16) // args.length
     run = lambda: relp.activation_patching(model, *batch, NODES, rows=rows)
     _, patch_acts = relp.record(model, batch[1], ("resid_pre",))
     passes = len(NODES) * c.n_layers * args.length
