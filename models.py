@@ -11,6 +11,7 @@ transformer, then the loading of Hugging Face checkpoints and tokenizers.
 Shapes: b batch, t pos, h head, d d_model (or d_head behind an h). Every node is [batch, pos, ...].
 """
 
+import io
 import json
 import math
 import re
@@ -856,6 +857,241 @@ def read_json(path: Path) -> dict:
 
 def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sparse autoencoders: dictionaries of directions, of which few at a time make up a node's activation.
+
+
+@dataclass
+class SAE:
+    """The sparse autoencoder of one node: x [..., d] -> features f [..., n_features], f >= 0 -> x_hat [..., d].
+
+    threshold  None: f = ReLU(pre). Else a JumpReLU: f = pre where pre > threshold, otherwise 0 (Rajamanoharan et al. 2024).
+    centred    b_dec is taken off x before it is encoded (dictionary_learning does so, Gemma Scope does not, SAELens either way).
+
+    d is d_model, and for z n_heads * d_head: the node [batch, pos, n_heads, d_head] as z.flatten(-2). The weights need no
+    gradient; one can be taken with respect to x. x should have their dtype.
+    """
+
+    W_enc: Tensor  # [d, n_features]
+    b_enc: Tensor  # [n_features]
+    W_dec: Tensor  # [n_features, d]: row i is the direction that feature i writes
+    b_dec: Tensor  # [d]
+    threshold: Tensor | None = None  # [n_features]
+    centred: bool = True
+
+    def encode(self, x: Tensor) -> Tensor:
+        pre = (x - self.b_dec if self.centred else x) @ self.W_enc + self.b_enc
+        return pre.relu() if self.threshold is None else pre.relu() * (pre > self.threshold)
+
+    def decode(self, f: Tensor) -> Tensor:
+        return f @ self.W_dec + self.b_dec
+
+    def error(self, x: Tensor) -> Tensor:
+        """What the features leave out: x = decode(encode(x)) + error(x)."""
+        return x - self.decode(self.encode(x))
+
+
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
+DICTIONARY = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "bias"}
+DICTIONARY_NODES = {"embed": "resid_pre", "attn_out": "attn_out", "mlp_out": "mlp_out", "resid_out": "resid_post"}
+SAELENS = {  # what may stand in these fields of cfg.json, if they are there at all: the rest is another function of x
+    "architecture": ("standard", "jumprelu"), "activation_fn_str": ("relu",), "activation_fn": ("relu",),
+    "normalize_activations": ("none",), "finetuning_scaling_factor": (), "hook_name_out": (),
+}  # fmt: skip
+# Gemma Scope (Lieberum et al. 2024): the stream behind the block; the MLP's output behind its post-norm, as our mlp_out
+# is; attention on the heads' outputs before the output matrix, concatenated.
+SCOPE_NODES = {"res": "resid_post", "mlp": "mlp_out", "att": "z"}
+AE_PT = re.compile(r"/(embed|(attn_out|mlp_out|resid_out)_layer(\d+))/[^/]+/ae\.pt$")
+PARAMS_NPZ = re.compile(r"/layer_(\d+)/width_(\d+)([km])/average_l0_(\d+)/params\.npz$")
+HOOK = re.compile(r"blocks\.(\d+)\.(?:hook_(resid_pre|resid_mid|attn_out|mlp_out|resid_post)|attn\.hook_(z))")
+
+
+def load_saes(
+    source: str, model, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", nodes=None
+) -> dict[tuple[str, int], SAE]:
+    """{(node, layer): SAE} of a directory, a zip archive, or a Hub repository "owner/name" (its only zip included), in three layouts:
+
+    dictionary_learning  .../{embed,attn_out_layer3,mlp_out_layer3,resid_out_layer3}/10_32768/ae.pt (Marks et al. 2024;
+                         repository saprmarks/pythia-70m-deduped-saes). embed is resid_pre of layer 0.
+    SAELens              folders of any name with cfg.json and sae_weights.safetensors; cfg's hook_name says which node.
+    Gemma Scope          .../gemma-scope-2b-pt-{res,mlp,att}/layer_3/width_16k/average_l0_59/params.npz. Of several for one
+                         layer, the narrowest and of these the one with an L0 nearest 100 (SAELens' "canonical" choice).
+
+    nodes  the names that are wanted: each must have an SAE in every layer (resid_pre: in layer 0). None: whatever is there.
+
+    Nothing is unpickled but tensors, and of an archive only what is wanted is read. ValueError, in one line, for no SAEs
+    or two of one node, a missing layer, another model's layer or width, and files that are damaged or of another kind.
+    """
+    names, read = sae_files(SHORT_NAMES.get(source, str(source)))
+    saes = {}
+    for (node, layer), file, cfg in find_saes(names, read):
+        if nodes is not None and node not in nodes:
+            continue
+        if node not in model.nodes:
+            raise ValueError(
+                f"{file} is an SAE of {node}, which this model does not have: its nodes are {', '.join(model.nodes)}"
+            )
+        if layer >= model.config.n_layers:
+            raise ValueError(
+                f"{file} is an SAE of {node} in layer {layer}, but the model's layers are 0..{model.config.n_layers - 1}"
+            )
+        if (node, layer) in saes:
+            raise ValueError(
+                f"{file} is a second SAE of {node} in layer {layer}: give a directory that has one of each"
+            )
+        c = model.config
+        saes[node, layer] = read_sae(file, read, cfg, c.n_heads * c.d_head if node == "z" else c.d_model, dtype, device)
+    for node in nodes or ():
+        wanted = range(1 if node == "resid_pre" else model.config.n_layers)
+        if missing := [layer for layer in wanted if (node, layer) not in saes]:
+            raise ValueError(
+                f"{source} has no SAE of {node} in layer {missing[0]}"
+                + f" (nor in {', '.join(map(str, missing[1:]))})" * (len(missing) > 1)
+            )
+    if not saes:
+        raise ValueError(
+            f"{source} has no SAEs: ae.pt (dictionary_learning), cfg.json with sae_weights.safetensors (SAELens) or params.npz (Gemma Scope) in their published folders"
+        )
+    return dict(sorted(saes.items(), key=lambda item: (item[0][1], model.nodes.index(item[0][0]))))
+
+
+def find_saes(names: list[str], read):
+    """Yields ((node, layer), file, SAELens' cfg or {}) for each SAE among the files."""
+    scope = {}
+    for name in names:
+        if match := AE_PT.search(name):
+            kind, layer = (match[2], int(match[3])) if match[2] else ("embed", 0)
+            yield (DICTIONARY_NODES[kind], layer), name, {}
+        elif name.endswith("/cfg.json"):
+            cfg = read(name, json.load)
+            cfg = cfg if isinstance(cfg, dict) else {}
+            cfg |= (
+                metadata if isinstance(metadata := cfg.get("metadata"), dict) else {}
+            )  # newer SAELens keeps hook_name there
+            if not isinstance(hook := cfg.get("hook_name"), str):
+                raise ValueError(f"{name} has no hook_name that says where the SAE belongs")
+            match = HOOK.fullmatch(hook)
+            yield (
+                (match[2] or match[3], int(match[1])) if match else (hook, 0),
+                name.removesuffix("cfg.json") + "sae_weights.safetensors",
+                cfg,
+            )
+        elif match := PARAMS_NPZ.search(name):
+            kind = re.findall(r"[/_-](res|mlp|att)(?=[/_-])", name[: match.start() + 1])
+            if not kind:
+                raise ValueError(f"{name}: no folder above it says res, mlp or att, as gemma-scope-2b-pt-res does")
+            choice = int(match[2]) * {"k": 1, "m": 1000}[match[3]], abs(int(match[4]) - 100), name
+            key = SCOPE_NODES[kind[-1]], int(match[1])
+            scope[key] = min(scope.get(key, choice), choice)
+    for key, (*_, name) in scope.items():
+        yield key, name, {}
+
+
+def read_sae(file: str, read, cfg: dict, d: int, dtype: torch.dtype, device) -> SAE:
+    """One SAE, its tensors checked against each other and against the width d of its node."""
+    import numpy as np
+    import safetensors.torch
+
+    if file.endswith(".pt"):
+        theirs, table = read(file, lambda f: dict(torch.load(f, map_location="cpu", weights_only=True))), DICTIONARY
+    elif file.endswith(".npz"):
+        theirs, table = (
+            read(file, lambda f: {k: torch.from_numpy(v) for k, v in np.load(f, allow_pickle=False).items()}),
+            {},
+        )
+    else:
+        theirs, table = read(file, lambda f: safetensors.torch.load(f.read())), {}
+        for field, allowed in SAELENS.items():
+            if (value := cfg.get(field)) and value not in allowed:
+                raise ValueError(
+                    f"{file}: an SAE with {field} {value!r} in its cfg.json is not supported"
+                    + f", only {' and '.join(allowed)}" * bool(allowed)
+                )
+    jump = file.endswith(".npz") or cfg.get("architecture") == "jumprelu" or "threshold" in theirs
+    ours, n = {}, None
+    for name in TENSORS + ("threshold",) * jump:
+        x = theirs.get(table.get(name, name))
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise ValueError(
+                f"{file} has no tensor {table.get(name, name)} of floating-point numbers; it has {', '.join(map(str, theirs)) or 'nothing'}"
+            )
+        x = x.T if x.ndim == 2 and table else x
+        n = n or (x.shape[-1] if x.ndim else 0)  # W_enc comes first
+        shape = {"W_enc": (d, n), "W_dec": (n, d), "b_dec": (d,)}.get(name, (n,))
+        if x.shape != shape:
+            flip = slice(None, None, -1 if table else 1)
+            raise ValueError(
+                f"{file}: {table.get(name, name)} has the shape {list(x.shape)[flip]}, for this model {list(shape)[flip]} is expected"
+            )
+        ours[name] = x.to(device, dtype).contiguous()
+        if not ours[name].isfinite().all():
+            raise ValueError(
+                f"{file}: {table.get(name, name)} has values that are not finite, or too large for {dtype}"
+            )
+    return SAE(
+        **ours, centred=bool(table) or bool(cfg.get("apply_b_dec_to_input", bool(cfg)))
+    )  # SAELens' default is True
+
+
+def sae_files(source: str):
+    """The paths of all files in a source, and read(path, parse): parse applied to the opened file, errors in one line."""
+    path = Path(source)
+    if path.is_dir():
+        root, names, opened = (
+            path.resolve().as_posix(),
+            sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()),
+            lambda name: (path / name).open("rb"),
+        )
+    elif path.is_file():
+        try:
+            archive = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is no zip archive, or a damaged one: {first_line(error)}") from None
+        root, names, opened = (
+            path.resolve().as_posix(),
+            archive.namelist(),
+            lambda name: io.BytesIO(archive.read(name)),
+        )  # only what is read is unpacked
+    else:
+        root, names, opened = source, repository_files(source), lambda name: fetch(source, name).open("rb")
+    zips = [name for name in names if name.endswith(".zip")]
+    if len(zips) == 1 and not any(name.endswith(("ae.pt", "cfg.json", "params.npz")) for name in names):
+        return sae_files(str(path / zips[0] if path.is_dir() else fetch(source, zips[0])))
+
+    def read(name, parse):
+        try:
+            with opened(name[len(root) + 1 :]) as file:
+                return parse(file)
+        except Exception as error:  # a damaged file can run into anything
+            raise ValueError(f"{name} cannot be read: {first_line(error)}") from None
+
+    return [f"{root}/{name}" for name in names], read
+
+
+def repository_files(name: str) -> list[str]:
+    """The files of a Hub repository; where the Hub cannot be asked, those that are in the cache."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise ValueError(
+            f"there are no SAEs at {name!r}: give a directory, a zip archive, or a Hub repository owner/name"
+        )
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    try:
+        return sorted(HfApi().list_repo_files(name))
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f"{name} is no directory here and no repository on the Hub, or a private one: `hf auth login` opens your own"
+        ) from None
+    except Exception as error:
+        try:
+            cached = Path(snapshot_download(name, local_files_only=True))
+        except Exception:
+            raise ValueError(
+                f"the files of {name} are not in the cache and the Hub cannot be asked: {first_line(error)}"
+            ) from None
+        return sorted(p.relative_to(cached).as_posix() for p in cached.rglob("*") if p.is_file())
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -71,14 +71,17 @@ def read_out(model, stream: Tensor, answers: Tensor, metric=logit_diff, lrp=Fals
 PARTS_OF = {"head": "z", "neuron": "mlp_hidden"}
 
 
-def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False) -> tuple[Tensor, dict]:
+def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False, replace=None) -> tuple[Tensor, dict]:
     """One forward pass: the final residual stream, and the nodes' activations {(name, layer): [batch, pos, ...]}.
 
-    With grad, autograd can reach every one of them although no weight asks for a gradient.
+    With grad, autograd can reach every one of them although no weight asks for a gradient. replace, {(name, layer):
+    value}, takes the place of what these nodes have computed.
     """
     kept = {}
 
     def hook(name, layer, value):
+        if replace and (name, layer) in replace:
+            value = replace[name, layer]
         if grad and not value.requires_grad:
             value = value.detach().requires_grad_()
         kept[name, layer] = value
@@ -87,6 +90,14 @@ def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False) -> tuple
     hook.nodes = {PARTS_OF.get(name, name) for name in nodes}
     with torch.set_grad_enabled(grad):
         return model.stream(tokens, lrp, hook), kept
+
+
+def coefficients(model, tokens, answers, nodes, metric=logit_diff, lrp=False, replace=None) -> tuple[dict, dict]:
+    """The nodes' activations and their rho, both {(name, layer): [batch, pos, ...]}: one forward pass, one backward."""
+    stream, acts = record(model, tokens, nodes, lrp, True, replace)
+    with torch.enable_grad():
+        value = read_out(model, stream, answers, metric, lrp).sum()  # prompts are independent: one backward serves all
+    return acts, dict(zip(acts, torch.autograd.grad(value, list(acts.values()), materialize_grads=True)))
 
 
 def attribute(
@@ -100,10 +111,7 @@ def attribute(
     """
     check(model, original, patch, answers, nodes)
     _, patch_acts = record(model, patch, nodes)
-    stream, acts = record(model, original, nodes, lrp, grad=True)
-    with torch.enable_grad():
-        value = read_out(model, stream, answers, metric, lrp).sum()  # prompts are independent: one backward serves all
-    rho = dict(zip(acts, torch.autograd.grad(value, list(acts.values()), materialize_grads=True)))
+    acts, rho = coefficients(model, original, answers, nodes, metric, lrp)
     score = lambda name, key: dot(difference(acts[key], patch_acts[key]), rho[key], parts=name in PARTS_OF)
     return by_layer(model, nodes, score)
 
@@ -151,6 +159,57 @@ def compare(
     values = [read_out(model, s, answers, metric) for s in (stream, patch_stream)]
     differs = lambda name, key: changed(acts[key], patch_acts[key], parts=name in PARTS_OF)
     return *values, by_layer(model, nodes, differs)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Features: sparse autoencoders divide a node, x = sum_i f_i W_dec[i] + b_dec + error, and its score with it
+
+
+def attribute_features(
+    model, original: Tensor, patch: Tensor, answers: Tensor, saes: dict, metric=logit_diff, lrp=False, steps=None
+) -> dict[tuple, Tensor]:
+    """The score of every feature and, last, of the error: {(name, layer): [batch, pos, n_features + 1]}.
+
+        score(f_i) = (f_i(x_patch) - f_i(x_original)) (W_dec[i] . rho)
+        score(error) = (error(x_patch) - error(x_original)) . rho
+
+    saes: {(name, layer): models.SAE, or what has its encode, decode and W_dec}. The scores of one node add up to
+    attribute()'s, and cost the same passes. steps: rho of Integrated Gradients instead (see integrated()).
+    """
+    nodes = {name for name, _ in saes}
+    check(model, original, patch, answers, nodes)
+    _, patch_acts = record(model, patch, nodes)
+    if steps is None:
+        acts, rho = coefficients(model, original, answers, nodes, metric, lrp)
+    else:
+        _, acts = record(model, original, nodes)
+        rho = {
+            key: integrated(model, original, answers, key, acts[key], patch_acts[key], metric, steps) for key in saes
+        }
+    scores = {}
+    for key, sae in saes.items():
+        before, after, r = (x.detach().flatten(2) for x in (acts[key], patch_acts[key], rho[key]))
+        features, error = (
+            difference(sae.encode(before), sae.encode(after)),
+            difference(sae.error(before), sae.error(after)),
+        )
+        scores[key] = torch.cat([features * (r @ sae.W_dec.T), dot(error, r).unsqueeze(-1)], dim=-1)
+    return scores
+
+
+def integrated(
+    model, tokens, answers, key, before: Tensor, after: Tensor, metric=logit_diff, steps: int = 10
+) -> Tensor:
+    """rho of Integrated Gradients [21] for one node: its gradient averaged along the way from the original to the patch run.
+
+    The node takes the values before + k/steps (after - before), k = 0 .. steps - 1 (the quadrature of Marks et al. [44]),
+    all else follows from the original prompt: `steps` forward and backward passes for every node.
+    """
+    total = torch.zeros_like(before)
+    for k in range(steps):
+        moved = {key: torch.lerp(before, after, k / steps)}
+        total += coefficients(model, tokens, answers, (key[0],), metric, replace=moved)[1][key]
+    return total / steps
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Prompt pairs: the IOI templates of the paper's Table 2, and pairs read from JSON-lines files.
+"""Prompt pairs: IOI (the paper's Table 2), subject-verb agreement (Table 3), and pairs read from JSON-lines files.
 
 Activations of the patch prompt go into the run on the original prompt, so the two prompts of a pair
 must line up token for token. What does not line up is refused here, with the prompt named.
@@ -10,6 +10,7 @@ import json
 import random
 import re
 from dataclasses import dataclass
+from itertools import product, zip_longest
 from pathlib import Path
 
 # The most common words first. All are single tokens in GPT-2 and Pythia; for another tokenizer,
@@ -50,6 +51,45 @@ CORRUPTIONS = {
     "s2": lambda b, a: {"B1": b, "A": a, "S2": a},    # only the second mention changed
 }
 
+
+def _forms(text):
+    return [tuple(forms.split("/")) for forms in text.split()]
+
+
+# Subject-verb agreement: each word as (with a singular subject, with a plural one). The toy models know the first 20
+# nouns, 10 verbs and 5 prepositions. Here too, words that a tokenizer splits are dropped.
+NOUNS = _forms("""
+athlete/athletes manager/managers secretary/secretaries teacher/teachers doctor/doctors student/students
+builder/builders lawyer/lawyers nurse/nurses pilot/pilots author/authors painter/painters singer/singers
+driver/drivers guard/guards car/cars table/tables tree/trees dog/dogs truck/trucks
+actor/actors artist/artists banker/bankers boy/boys brother/brothers child/children customer/customers dancer/dancers
+director/directors editor/editors engineer/engineers expert/experts farmer/farmers father/fathers friend/friends
+girl/girls guest/guests hunter/hunters judge/judges king/kings leader/leaders man/men minister/ministers mother/mothers
+neighbor/neighbors officer/officers owner/owners parent/parents player/players poet/poets president/presidents
+priest/priests professor/professors reporter/reporters scientist/scientists senator/senators sister/sisters
+soldier/soldiers tourist/tourists visitor/visitors woman/women worker/workers writer/writers
+bird/birds boat/boats cat/cats chair/chairs horse/horses house/houses plane/planes ship/ships
+""")
+VERBS = _forms("""
+likes/like admires/admire hates/hate helps/help knows/know loves/love sees/see follows/follow calls/call trusts/trust
+remembers/remember respects/respect wants/want needs/need watches/watch visits/visit supports/support protects/protect
+describes/describe avoids/avoid chooses/choose teaches/teach understands/understand notices/notice ignores/ignore
+encourages/encourage fears/fear misses/miss meets/meet hears/hear finds/find recommends/recommend prefers/prefer
+recognizes/recognize recalls/recall attracts/attract accepts/accept contacts/contact believes/believe thanks/thank
+""")
+AUXILIARIES = _forms("has/have is/are does/do")
+PREPOSITIONS = [(word, word) for word in "near behind beside with by above below under around against".split()]
+
+# structure: (template, the noun that the answer agrees with, the words that the answer is drawn from). [V] agrees with
+# [N2]. The answers are as in Table 3; the simple structure, which has few prompts, takes both kinds.
+SVA = {
+    "simple": ("The [N1]", "N1", AUXILIARIES + VERBS),
+    "within_rc": ("The [N1] that the [N2]", "N2", VERBS),
+    "across_rc": ("The [N1] that the [N2] [V]", "N1", AUXILIARIES),
+    "across_pp": ("The [N1] [P] the [N2]", "N1", AUXILIARIES),
+}
+SVA_STRUCTURES = tuple(SVA)
+
 # Fields of a line: our name, and the name in the feature-circuits data (their "clean" is our original).
 FIELDS = {"original": "clean_prefix", "patch": "patch_prefix",
           "original_answer": "clean_answer", "patch_answer": "patch_answer"}
@@ -62,7 +102,7 @@ class Pair:
     patch: tuple[int, ...]     # same length
     answers: tuple[int, int]   # (the original's answer, the patch's answer)
     roles: tuple[str, ...]     # one label per position, for figures
-    group: str                 # pairs of one group have the same length and, from `ioi`, the same roles
+    group: str                 # pairs of one group have the same length and, if not from a file, the same roles
 
 
 def by_group(pairs):
@@ -80,7 +120,7 @@ def _bos(tokenizer, bos):
 
 
 # ----------------------------------------------------------------------------------------------
-# Indirect object identification
+# Filling templates
 
 def _one_token(tokenizer, words):
     """Those of `words` that are one token after a space. An unknown-word token does not decode to the word."""
@@ -89,11 +129,13 @@ def _one_token(tokenizer, words):
 
 
 def _fill(tokenizer, template, words):
-    """Token ids and roles of a template whose slots are filled from `words` (slot name -> word)."""
+    """Token ids and roles of a template whose slots are filled from `words` (slot name -> word).
+
+    A role is the slot's name, or else the template's own word.
+    """
     ids, roles, text = [], [], ""
     for piece in re.findall(r" ?\[\w+\]| ?\w+|[.,]", template):
-        # the first word and the mark behind the place differ between templates but play one role
-        role = "FIRST" if not text else "PUNCT" if piece in ".," and "PLACE" in roles else piece.strip(" []")
+        role = piece.strip(" []")
         if "[" in piece:
             piece = " " + words[role]
         tokens = tokenizer.encode(piece)
@@ -103,8 +145,11 @@ def _fill(tokenizer, template, words):
     if ids != tokenizer.encode(text):
         raise ValueError(f"this tokenizer encodes {text!r} differently from its words one by one, "
                          "so that its positions cannot be given roles; use prompts from a file")
-    return ids, roles[:-1] + ["END"]
+    return ids, roles
 
+
+# ----------------------------------------------------------------------------------------------
+# Indirect object identification
 
 def ioi(tokenizer, n=100, seed=0, corruption="swap", bos=True):
     """`n` different pairs for indirect object identification (paper, Section 5.1 and Table 2).
@@ -146,10 +191,116 @@ def ioi(tokenizer, n=100, seed=0, corruption="swap", bos=True):
         original, roles = _fill(tokenizer, TEMPLATES[t], {"B1": b, "A": a, "S2": b, **rest})
         patch, _ = _fill(tokenizer, TEMPLATES[t], {**CORRUPTIONS[corruption](b, a), **rest})
         answers = tokenizer.encode(" " + a) + tokenizer.encode(" " + b)
-        roles = ["BOS"] * len(start) + roles
+        # the first word, the mark behind the place and the last word play one role in all templates
+        roles = ["BOS"] * len(start) + ["FIRST" if role == roles[0] else role for role in roles]
+        roles[roles.index("PLACE") + 1], roles[-1] = "PUNCT", "END"
         pairs.append(Pair(tuple(start + original), tuple(start + patch), tuple(answers), tuple(roles),
                           f"template {t + 1}"))
     return pairs
+
+
+# ----------------------------------------------------------------------------------------------
+# Subject-verb agreement
+
+def _check_sizes(n, n_held_out):
+    for name, value in (("n", n), ("n_held_out", n_held_out)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def sva(tokenizer, structure, n=300, n_held_out=100, seed=0, bos=True):
+    """`n` and `n_held_out` pairs for subject-verb agreement (paper, Section 5.2, Table 3 and Appendix A.2).
+
+    structure, original, patch and the answers of both, for example:
+    "simple"     "The athlete"                          "The athletes"                          has / have
+    "within_rc"  "The athlete that the managers"        "The athlete that the manager"          like / likes
+    "across_rc"  "The athlete that the managers like"   "The athletes that the managers like"   does / do
+    "across_pp"  "The secretaries near the cars"        "The secretary near the cars"           have / has
+
+    The two prompts differ in the number of the noun that the answer agrees with, and in nothing else; which of them
+    is the original, and the number of the other noun, are random. The answers are a verb's two forms within a
+    relative clause, an auxiliary's across a clause or phrase (both as in Table 3), and either kind's for "simple".
+    Words are drawn by random.Random(seed), from those of which the tokenizer keeps both forms as one token.
+
+    All pairs have the group `structure` and the same roles: BOS, The, N1, that, the, N2, V (the verb of N2), P (the
+    preposition). The last position, from which the answer is predicted, is a content word and has its own role.
+    bos: begin each prompt with the tokenizer's BOS token.
+    Returns (discovery, held_out), two list[Pair]. No prompt of one is a prompt of the other, neither as original nor
+    as patch. Within each, all pairs differ, and prompts are used again (the other way round, or with other answers)
+    only where there are too few: "simple" has two prompts per noun. With the toy models' words (20 nouns, 10 verbs,
+    3 auxiliaries) these make 20 x 2 x 13 = 520 pairs, and the default 300 and 100 are of 15 and 5 nouns.
+    Raises ValueError on an unknown structure, a size below 1, more pairs than the words allow, or if bos is asked of
+    a tokenizer without one.
+    """
+    if structure not in SVA:
+        raise ValueError(f"unknown structure {structure!r}; allowed: {', '.join(SVA)}")
+    _check_sizes(n, n_held_out)
+    start = _bos(tokenizer, bos)
+    template, controller, answers = SVA[structure]
+
+    def kept(words):
+        return [forms for forms in words if len(_one_token(tokenizer, forms)) == len(forms)]
+
+    lists = {"N1": NOUNS, "N2": NOUNS, "V": VERBS, "P": PREPOSITIONS}
+    slots = {slot: kept(lists[slot]) for slot in re.findall(r"\[(\w+)\]", template)}
+    answers = [[tokenizer.encode(" " + form)[0] for form in forms] for forms in kept(answers)]
+
+    # A scene is all of a prompt but the controlling noun's number, so that two scenes have no prompt in common.
+    scenes = [scene for scene in product((0, 1) if "N2" in slots else (0,), *slots.values())
+              if len(set(scene)) == len(scene)]  # two different nouns
+    rng = random.Random(seed)
+    pairs = []
+    for other, *words in rng.sample(scenes, min(len(scenes), n + n_held_out)):
+        prompts = []
+        for number in 0, 1:
+            filled = {slot: forms[number if slot == controller else other] for slot, forms in zip(slots, words)}
+            ids, roles = _fill(tokenizer, template, filled)
+            prompts.append(tuple(start + ids))
+        roles = tuple(["BOS"] * len(start) + roles)
+        for singular, plural in answers:
+            pairs.append(Pair(*prompts, (singular, plural), roles, structure))
+            pairs.append(Pair(*reversed(prompts), (plural, singular), roles, structure))
+    try:
+        return split(pairs, n, n_held_out, seed)
+    except ValueError as e:
+        counts = [f"{len(words)} words for {slot}" for slot, words in [*slots.items(), ("the answer", answers)]]
+        raise ValueError(f"structure {structure!r}: {e}; with both forms one token each, this tokenizer leaves "
+                         f"{', '.join(counts)}") from None
+
+
+def split(pairs, n, n_held_out, seed=0):
+    """`n` pairs to find a circuit with and `n_held_out` to judge it by: two list[Pair] without a common prompt.
+
+    A prompt counts whether it is the original or the patch. Pairs that share one, directly or through others, are
+    a family and stay on one side. Families go, the largest first and else in an order drawn by random.Random(seed),
+    to the side that is the emptier for its size; then a side takes one pair of each of its families, a second of
+    each, and so on, until it has its size.
+    Raises ValueError if a size is below 1, or if there are too few pairs, with the sizes that there are enough for.
+    """
+    _check_sizes(n, n_held_out)
+    pairs = list(dict.fromkeys(pairs))
+    random.Random(seed).shuffle(pairs)
+    family_of = {}  # prompt -> list of pairs
+    for pair in pairs:
+        family = family_of.setdefault(pair.original, [])
+        joined = family_of.setdefault(pair.patch, family)
+        if joined is not family:
+            family += joined
+            family_of.update((prompt, family) for p in joined for prompt in (p.original, p.patch))
+        family.append(pair)
+
+    sizes, sides, filled = (n, n_held_out), ([], []), [0, 0]
+    families = {id(family): family for family in family_of.values()}.values()
+    for family in sorted(families, key=len, reverse=True):  # the small ones last: they even it out
+        side = min((0, 1), key=lambda i: filled[i] / sizes[i])
+        sides[side].append(family)
+        filled[side] += len(family)
+    if any(have < size for have, size in zip(filled, sizes)):
+        enough = " and ".join(str(min(have, size)) for have, size in zip(filled, sizes))
+        raise ValueError(f"{n} pairs and {n_held_out} held out are too many; there are enough for {enough} "
+                         "different ones that share no prompt")
+    return tuple([pair for turn in zip_longest(*families) for pair in turn if pair][:size]
+                 for families, size in zip(sides, sizes))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -162,6 +313,10 @@ def _labels(ids, tokenizer):
 
 def _show(ids, tokenizer):
     return f"{len(ids)} {'token' if len(ids) == 1 else 'tokens'} {_labels(ids, tokenizer)}"
+
+
+class Unaligned(ValueError):
+    """A line whose prompts, or answers, this tokenizer does not bring to equal length; another one may."""
 
 
 def _ids(name, value, tokenizer, n_vocab):
@@ -205,14 +360,14 @@ def _pair(line, tokenizer, bos, n_vocab):
 
     original, patch, *answers = (_ids(name, value, tokenizer, n_vocab) for name, value in values.items())
     if len(original) != len(patch):
-        raise ValueError("original and patch must have equally many tokens; original is "
-                         f"{_show(original, tokenizer)}, patch is {_show(patch, tokenizer)}")
+        raise Unaligned("original and patch must have equally many tokens; original is "
+                        f"{_show(original, tokenizer)}, patch is {_show(patch, tokenizer)}")
     if original == patch:
         raise ValueError(f"original and patch must differ; both are {_show(original, tokenizer)}")
     for name, answer in zip(("original_answer", "patch_answer"), answers):
         if len(answer) != 1:
-            raise ValueError(f"{name} must be one token (most words need their leading space); "
-                             f"it is {_show(answer, tokenizer)}")
+            raise Unaligned(f"{name} must be one token (most words need their leading space); "
+                            f"it is {_show(answer, tokenizer)}")
     if answers[0] == answers[1]:
         raise ValueError(f"original_answer and patch_answer must differ; both are {_show(answers[0], tokenizer)}")
 
@@ -222,7 +377,7 @@ def _pair(line, tokenizer, bos, n_vocab):
                 f"length {len(roles)}")
 
 
-def read_pairs(path, tokenizer=None, bos=True, n_vocab=None):
+def read_pairs(path, tokenizer=None, bos=True, n_vocab=None, skip_unaligned=False):
     """Prompt pairs from a file of JSON lines, such as the subject-verb agreement data of feature-circuits.
 
     Each line is an object with the fields `original, patch, original_answer, patch_answer`, or under their
@@ -232,6 +387,8 @@ def read_pairs(path, tokenizer=None, bos=True, n_vocab=None):
     prompts begin with its BOS. Prompts of ids are used as given, without a BOS.
 
     n_vocab: if given, the size of the model's vocabulary, against which every id is checked.
+    skip_unaligned: leave out lines whose prompts have unequal length, or whose answers are not one token, in this
+    tokenizer (the feature-circuits files were made for others), instead of refusing them.
     Returns list[Pair]. A pair's group is "length N", N counting the BOS; its roles are the original's tokens,
     decoded where there is a tokenizer, so that they differ within a group.
     Raises ValueError, with file and line, for whatever is not such a pair: prompts of unequal length or equal
@@ -241,13 +398,32 @@ def read_pairs(path, tokenizer=None, bos=True, n_vocab=None):
         lines = Path(path).read_bytes().splitlines()  # bytes: str.splitlines also splits at U+2028
     except OSError as e:
         raise ValueError(f"{path}: cannot be read: {e.strerror}") from None
-    pairs = []
+    pairs, unaligned = [], 0
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 pairs.append(_pair(line, tokenizer, bos, n_vocab))
             except ValueError as e:
+                if skip_unaligned and isinstance(e, Unaligned):
+                    unaligned += 1
+                    continue
                 raise ValueError(f"{path}, line {number}: {e}") from None
+    if not pairs and unaligned:
+        raise ValueError(f"{path}: no pairs; this tokenizer aligns none of its {unaligned} lines")
     if not pairs:
         raise ValueError(f"{path}: no pairs; each line must be a JSON object with the fields {', '.join(FIELDS)}")
     return pairs
+
+
+def largest_group(pairs, n=1):
+    """The pairs of the largest group, in order: all of one length, as averages by position need.
+
+    Raises ValueError if they are fewer than the `n` that are needed.
+    """
+    groups = by_group(pairs)
+    name = max(groups, key=lambda group: len(groups[group]), default="none")
+    largest = groups.get(name, [])
+    if len(largest) < n:
+        raise ValueError(f"{n} pairs of one length are needed; of {len(pairs)} pairs, the largest group ({name}) "
+                         f"has {len(largest)}")
+    return [pairs[i] for i in largest]

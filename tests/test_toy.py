@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import from_pretrained, load_tokenizer
+import relp
+from models import from_pretrained, load_saes, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,6 +45,27 @@ def test_transformers_can_open_them(toy):
     )
     with torch.no_grad():
         torch.testing.assert_close(from_pretrained(f"toy-{toy}")(tokens), hf(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_the_saes_explain_what_the_readme_says():
+    """On rows of the corpus that they have not seen: variance explained, features at work, and the model's loss with all spliced in."""
+    import random
+
+    import torch.nn.functional as F
+
+    model = from_pretrained("toy-neox")
+    saes, rows = load_saes(str(ROOT / "toy" / "saes" / "neox"), model), train.training_rows(random.Random(99), 64, 24)
+    _, acts = relp.record(model, rows, {name for name, _ in saes})
+    for key, sae in saes.items():
+        x = acts[key][:, 1:]  # behind the BOS, whose activations are always the same
+        f = sae.encode(x)
+        assert 8 < (f > 0).sum(-1).float().mean() < 24, key
+        assert sae.error(x).square().sum() / (x - x.mean((0, 1))).square().sum() < 0.06, key
+    spliced = lambda name, layer, x: (
+        saes[name, layer].decode(saes[name, layer].encode(x)) if (name, layer) in saes else x
+    )
+    loss = lambda logits: F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+    assert loss(model(rows, hook=spliced)) < loss(model(rows)) + 0.1
 
 
 def test_a_model_can_be_trained(tmp_path):
@@ -86,10 +108,12 @@ def test_the_first_command_of_the_readme(tmp_path):
 
 
 def test_the_code_in_the_readme_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     namespace = {}
-    exec(code, namespace)
+    for code in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(code.replace('"toy/saes', f'"{ROOT}/toy/saes'), namespace)
     assert namespace["scores"]["resid_pre"].shape == (1, 4, 16)
+    features = namespace["features"]
+    assert len(features) == 13 and features["resid_post", 2].shape == (100, 7, 513)
 
 
 def test_the_options_in_the_readme_exist():

@@ -1,0 +1,81 @@
+"""Scores of SAE features: against the definition, their sum, and Integrated Gradients."""
+
+import pytest
+import torch
+from test_saes import random_sae
+from test_relp import pair  # noqa: F401, the fixture
+
+import relp
+from models import from_pretrained
+
+
+@pytest.fixture
+def model(checkpoint):
+    return from_pretrained(str(checkpoint("gemma2")[0]), dtype=torch.float64)
+
+
+@pytest.fixture
+def saes(model):
+    keys = [("resid_pre", 0), ("attn_out", 1), ("mlp_out", 1), ("resid_post", 2), ("z", 0)]
+    made = {key: random_sae(i, d=48 if key[0] == "z" else 32) for i, key in enumerate(keys)}
+    for sae in made.values():
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            setattr(sae, name, getattr(sae, name).double() * 0.3)
+    return made
+
+
+@pytest.mark.parametrize("lrp", [False, True], ids=["atp", "relp"])
+def test_features_and_error_add_up_to_the_node(model, saes, pair, lrp):  # noqa: F811
+    got = relp.attribute_features(model, *pair, saes, lrp=lrp)
+    whole = relp.attribute(model, *pair, ["resid_pre", "attn_out", "mlp_out", "resid_post", "z"], lrp=lrp)
+    assert got.keys() == saes.keys()
+    for (name, layer), scores in got.items():
+        torch.testing.assert_close(scores.sum(-1), whole[name][:, layer])
+        assert (scores[..., :-1] != 0).any() and (scores[..., -1] != 0).any()
+
+
+def test_a_features_score_is_the_derivative(model, saes, pair):  # noqa: F811
+    """AtP's against central finite differences: a sliver of the feature's difference, written along its decoder direction."""
+    original, patch, answers = pair
+    got, step = relp.attribute_features(model, *pair, saes), 1e-5
+    nodes = {name for name, _ in saes}
+    (_, acts), (_, patch_acts) = (relp.record(model, tokens, nodes) for tokens in (original, patch))
+    for key, sae in saes.items():
+        x, y = acts[key].flatten(2), patch_acts[key].flatten(2)
+        moves = (sae.encode(y) - sae.encode(x)).unsqueeze(-1) * sae.W_dec  # [batch, pos, feature, d]
+        moves = torch.cat([moves, (sae.error(y) - sae.error(x)).unsqueeze(2)], dim=2)
+        for pos in (3, 8):
+            for i in (got[key][:, pos].abs().sum(0).argmax(), -1):
+
+                def metric(by):
+                    moved = x.clone()
+                    moved[:, pos] += by * moves[:, pos, i]
+                    stream, _ = relp.record(model, original, nodes, replace={key: moved.view_as(acts[key])})
+                    return relp.read_out(model, stream, answers)
+
+                derivative = (metric(step) - metric(-step)) / (2 * step)
+                torch.testing.assert_close(got[key][:, pos, i], derivative, atol=1e-7, rtol=1e-5)
+
+
+def test_integrated_gradients_sum_to_the_effect(model, saes, pair):  # noqa: F811
+    """Completeness: over positions and features they approach, as the steps grow, the effect of patching the node everywhere."""
+    few, many = (relp.attribute_features(model, *pair, saes, steps=steps) for steps in (20, 400))
+    nodes = {name for name, _ in saes}
+    _, patch_acts = relp.record(model, pair[1], nodes)
+    base, _, _ = relp.compare(model, *pair, ())
+    for key in saes:
+        stream, _ = relp.record(model, pair[0], nodes, replace={key: patch_acts[key]})
+        effect = relp.read_out(model, stream, pair[2]) - base
+        off = [(scores[key].sum((1, 2)) - effect).abs().max() for scores in (few, many)]
+        assert off[1] < 0.1 * off[0] and off[1] < 0.05 * effect.abs().max() + 1e-9
+
+
+def test_integrated_gradients_passes(model, saes, pair, monkeypatch):  # noqa: F811
+    calls = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
+    relp.attribute_features(model, *pair, saes, steps=10)
+    assert len(calls) == 10 * len(saes)
+    calls.clear()
+    relp.attribute_features(model, *pair, saes, lrp=True)
+    assert len(calls) == 1
