@@ -264,7 +264,9 @@ def activation_patching(
             if (name, layer) == key:
                 return value
             if name in ("k", "v"):
-                x = torch.cat([acts[name, layer][prompts, :pos], x], dim=1)
+                past_and_x = acts[name, layer].index_select(0, prompts)[:, : pos + x.shape[1]]
+                past_and_x[:, pos:] = x
+                return past_and_x
             return x
 
         hook.nodes = ("k", "v", key and key[0])
