@@ -65,7 +65,7 @@ def test_the_saes_explain_what_the_readme_says():
         saes[name, layer].decode(saes[name, layer].encode(x)) if (name, layer) in saes else x
     )
     loss = lambda logits: F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
-    assert loss(model(rows, hook=spliced)) < loss(model(rows)) + 0.1
+    assert loss(model(rows, hook=spliced)) < loss(model(rows)) + 0.4
 
 
 def test_a_model_can_be_trained(tmp_path):
