@@ -6,7 +6,7 @@
     logits = model(tokens, hook=hook)              # every named node of the graph passes through hook(name, layer, value)
 
 Read it from the top: the rules (Table 1 of the RelP paper), the pieces, one block per data flow, the
-transformer, then the loading of Hugging Face checkpoints and tokenizers.
+transformer, then the loading of Hugging Face checkpoints, sparse autoencoders and tokenizers.
 
 Shapes: b batch, t pos, h head, d d_model (or d_head behind an h). Every node is [batch, pos, ...].
 """
