@@ -294,12 +294,13 @@ def activation_patching(
                 layer = entry if name == "resid_pre" else entry - 1
                 if 0 <= layer < n_layers:
                     where = (differs[name][:, layer, pos] | lockstep).nonzero()
-                    for part in where.split(most) if len(where) else ():
-                        if size + len(part) > most:
-                            yield convoy
-                            convoy, size = [], 0
+                    while len(where):
+                        part, where = where[: most - size], where[most - size :]
                         convoy.append((entry, name, layer, part.unbind(1)))
                         size += len(part)
+                        if size == most:
+                            yield convoy
+                            convoy, size = [], 0
         if convoy:
             yield convoy
 
