@@ -206,14 +206,9 @@ class Attention(nn.Module):
             k, v = (y.repeat_interleave(c.n_heads // c.n_kv_heads, dim=2) for y in (k, v))
         hidden = unseen(first, q.shape[1], k.shape[1], self.window, x.device)
         if c.attn_softcap is None and not run.wants("pattern"):  # one kernel; the pattern is constant where q and k are
-            q, k, v = (
-                ah_rule(q, run.rules.ah).transpose(1, 2),
-                ah_rule(k, run.rules.ah).transpose(1, 2),
-                v.transpose(1, 2),
-            )
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden.squeeze(1), scale=c.attn_scale).transpose(
-                1, 2
-            )
+            by_head = lambda y: y.transpose(1, 2)  # [b, h, t, d_head] and back
+            q, k, v = by_head(ah_rule(q, run.rules.ah)), by_head(ah_rule(k, run.rules.ah)), by_head(v)
+            z = by_head(F.scaled_dot_product_attention(q, k, v, ~hidden.squeeze(1), scale=c.attn_scale))
         else:
             scores = upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * c.attn_scale
             scores = softcap(scores, c.attn_softcap).masked_fill(hidden, -torch.inf)
@@ -325,6 +320,7 @@ class Transformer(nn.Module):
           are bit-identical in every case; only what backward returns differs.
     hook  hook(name, layer, value) -> value sees every named node in turn (`nodes` lists them) and returns what the
           pass goes on with: the same to look, another to intervene. It lives for this call alone.
+          A hook that sees the pattern has attention form it, which rounds otherwise than the one kernel does.
     """
 
     def __init__(self, config: "Config"):

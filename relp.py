@@ -12,6 +12,7 @@ one run per node. AtP and RelP predict the same number for all nodes at once, fr
 
     AtP    rho is the gradient of the metric on the original run                                            (Eq. 2)
     RelP   rho is LRP's propagation coefficient: the gradient of the same run with Table 1's rules on       (Eq. 3)
+    IG     rho is the gradient averaged on the node's way from the original to the patch run, at many times the price
 
 Direction, everywhere: patch activations go into the original run, rho is taken on the original run, and a score is
 metric(patched) - metric(original). So a node that carries the original answer has a negative logit_diff score.
@@ -189,10 +190,8 @@ def attribute_features(
     scores = {}
     for key, sae in saes.items():
         before, after, r = (x.detach().flatten(2) for x in (acts[key], patch_acts[key], rho[key]))
-        features, error = (
-            difference(sae.encode(before), sae.encode(after)),
-            difference(sae.error(before), sae.error(after)),
-        )
+        features = difference(sae.encode(before), sae.encode(after))
+        error = difference(sae.error(before), sae.error(after))
         scores[key] = torch.cat([features * (r @ sae.W_dec.T), dot(error, r).unsqueeze(-1)], dim=-1)
     return scores
 
