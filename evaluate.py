@@ -29,7 +29,7 @@ import tasks
 
 TOYS = ["toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2"]
 NODES = ["resid_pre", "attn_out", "mlp_out"]  # residual stream, attention outputs and MLP outputs of Table 5
-PATCHABLE = ["resid_pre", "q", "z", "attn_out", "resid_mid", "mlp_hidden", "mlp_out", "resid_post"]
+PATCHABLE = list(models.SequentialBlock.nodes)
 LABELS = {"ap": "AP", "atp": "AtP", "relp": "RelP"}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -310,10 +310,10 @@ def score(
                         *batch,
                         args.nodes,
                         metric,
-                        runs,
-                        pieces,
-                        lambda part: bar.update(done + part * len(rows) - bar.n),
-                        args.shard,
+                        rows=runs,
+                        pieces=pieces,
+                        progress=lambda part: bar.update(done + part * len(rows) - bar.n),
+                        lockstep=args.shard,
                     )
                     seconds["ap"] += pieces.seconds_before
                 else:
@@ -346,7 +346,7 @@ def score(
 
 
 class Pieces(dict):
-    """AP's finished positions of one batch, {pos: {node: effects}}, kept in a file as they come for a run that is stopped and started again."""
+    """AP's finished positions of one batch, {pos: {(node, layer): effects}}, kept in a file as they come for a run that is stopped and started again."""
 
     @classmethod
     def of(
@@ -390,18 +390,20 @@ class Pieces(dict):
                 with np.load(path) as file:
                     self.seconds_before = float(file["seconds"])
                     for key in file.keys() - {"seconds"}:
-                        pos, node = key.split("-")
-                        self.setdefault(int(pos), {})[node] = torch.from_numpy(file[key]).to(device)
+                        pos, node, layer = key.split("-")
+                        self.setdefault(int(pos), {})[node, int(layer)] = torch.from_numpy(file[key]).to(device)
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 self.clear()
                 say("  an unfinished run was kept in a damaged file: AP starts afresh")
                 return
             say(f"  AP goes on with an unfinished run: {len(self)} positions of this batch are done")
 
-    def __setitem__(self, pos: int, effects: dict[str, torch.Tensor]) -> None:
+    def __setitem__(self, pos: int, effects: dict[tuple, torch.Tensor]) -> None:
         super().__setitem__(pos, effects)
         arrays = {
-            f"{pos}-{node}": value.cpu().numpy() for pos, of_nodes in self.items() for node, value in of_nodes.items()
+            f"{pos}-{node}-{layer}": value.cpu().numpy()
+            for pos, effects in self.items()
+            for (node, layer), value in effects.items()
         }
         save(
             self.path,

@@ -28,10 +28,11 @@ metric(patched) - metric(original). So a node that carries the original answer h
 The model is models.Transformer, or anything with its methods stream, block and unembed. Only torch is imported.
 """
 
-import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # ---------------------------------------------------------------------------------------------------------
 # Metrics: logits [batch, vocab] at the last position, answers [batch, 2] (the original's, the patch's) -> [batch]
@@ -67,9 +68,9 @@ def read_out(model, stream: Tensor, answers: Tensor, metric=logit_diff, lrp=Fals
 # ---------------------------------------------------------------------------------------------------------
 # AtP and RelP
 
-# Node kinds that are the parts of a node, each scored by itself: heads of z, neurons of the MLP. The parts lie along the
-# first axis behind batch and pos. All other kinds are whole nodes.
-PARTS_OF = {"head": "z", "neuron": "mlp_hidden"}
+# Node kinds that are the parts of a node, each scored by itself: attention heads, by what they put out or by one of
+# their inputs, and neurons of the MLP. The parts lie along the first axis behind batch and pos.
+PARTS_OF = {"head": "z", "head_q": "q", "head_k": "k", "head_v": "v", "head_pattern": "pattern", "neuron": "mlp_hidden"}
 
 
 def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False, replace=None) -> tuple[Tensor, dict]:
@@ -215,116 +216,195 @@ def integrated(
 # AP
 
 
-@torch.no_grad()
+@dataclass
+class Edit:
+    """What AP writes into the original run: at `node` of `layer`, one run for each True in `cells`.
+
+    cells  bool [batch, pos] or, for the parts of a node, [batch, pos, part]
+    value  value(prompts, pos) or value(prompts, pos, parts) -> [n, 1, ...], the node at pos in n edited runs
+    """
+
+    node: str
+    layer: int
+    cells: Tensor
+    value: object
+
+    @property
+    def entry(self) -> int:
+        """The layer that the edited run goes on from: resid_pre is written ahead of its layer, all else within it."""
+        return self.layer + (self.node != "resid_pre")
+
+
 def activation_patching(
-    model,
-    original: Tensor,
-    patch: Tensor,
-    answers: Tensor,
-    nodes,
-    metric=logit_diff,
-    rows=32,
-    pieces=None,
-    progress=None,
-    lockstep=False,
+    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, cells=None, **how
 ) -> dict[str, Tensor]:
     """AP (Eq. 1), exact: one (layer, position) of one node, or part of a node, from the patch run into the original run.
 
-    A patch at (layer, pos) changes nothing before that layer and nothing before that position. So a patched run is the
-    original run *resumed*: its residual stream from pos on, edited at pos, goes on from that layer, while attention
-    reads the keys and values of the positions before from the original run. Patched runs of one position go down the
-    layers together, in convoys that runs of later layers join where they begin. Where the original and the patch run
-    agree the effect is 0 and nothing is run.
+    Arguments and result as in attribute().
 
-    Arguments and result as in attribute(); `nodes` may be any whose patch changes one position of the stream behind
-    the block (all but k, v and pattern).
-
-    rows      how many runs go through a block together (more as they get shorter)
-    pieces    a mapping {pos: effects} in which finished positions are kept and from which they are taken, so that a
-              long run can go on where it was stopped
-    progress  progress(fraction) is called as the work proceeds
-    lockstep  run the patches that change nothing as well: processes that share weights must make the same calls
+    cells  {node: bool}, shaped like the result or like one prompt's: patch these alone, and return 0 elsewhere
+    how    rows, pieces, progress, lockstep: see effects()
     """
     check(model, original, patch, answers, nodes)
-    if several := [name for name in nodes if name in ("k", "v", "pattern")]:
-        allowed = [name for name in (*model.nodes, *PARTS_OF) if name not in ("k", "v", "pattern")]
-        raise ValueError(f"activation patching has no node {several[0]!r}: choose from {', '.join(allowed)}")
-    final, acts = record(model, original, {"resid_pre", "k", "v", *nodes})
+    final, acts = record(model, original, {*KEPT, *nodes})
     _, patch_acts = record(model, patch, nodes)
-    base = read_out(model, final, answers, metric)
+
+    def edit(name, layer):
+        parts = name in PARTS_OF
+        key = PARTS_OF.get(name, name), layer
+        before, after = acts[key], patch_acts[key]
+        chosen = changed(before, after, parts)
+        if cells is not None:
+            chosen = chosen & cells[name].select(-2 - parts, layer)
+
+        def value(prompts, pos, *part):
+            if not parts:
+                return after[prompts, pos : pos + 1]
+            row = torch.arange(len(prompts), device=prompts.device)  # this part from the patch run, the others stay
+            index = row, torch.zeros_like(row), *part
+            return before[prompts, pos : pos + 1].index_put(index, after[prompts, pos, part[0]])
+
+        return Edit(*key, chosen, value)
+
+    edits = {(name, layer): edit(name, layer) for name in nodes for layer in range(model.config.n_layers)}
+    result = effects(model, original, answers, final, acts, edits, metric, **how)
+    return by_layer(model, nodes, lambda name, key: result[name, key[1]])
+
+
+def patch_features(
+    model, original: Tensor, patch: Tensor, answers: Tensor, saes: dict, metric=logit_diff, **how
+) -> dict[tuple, Tensor]:
+    """AP of single features, exact: at one position feature i, or the error, is given its value in the patch run.
+
+        node <- node(x_original) + (f_i(x_patch) - f_i(x_original)) W_dec[i]
+
+    Arguments and result as in attribute_features(); how: as in effects(). One run per feature that differs: for small
+    models.
+    """
+    nodes = {name for name, _ in saes}
+    check(model, original, patch, answers, nodes)
+    final, acts = record(model, original, {*KEPT, *nodes})
+    _, patch_acts = record(model, patch, nodes)
+
+    def edit(key, sae):
+        before, after = acts[key].flatten(2), patch_acts[key].flatten(2)
+        features, error = (difference(f(before), f(after)).to(before.dtype) for f in (sae.encode, sae.error))
+        features, W_dec = pad(features, (0, 1)), pad(sae.W_dec, (0, 0, 0, 1))  # the error comes last
+
+        def value(prompts, pos, part):
+            move = features[prompts, pos, part, None] * W_dec[part]
+            move = torch.where((part == len(sae.W_dec))[:, None], error[prompts, pos], move)
+            return acts[key][prompts, pos : pos + 1] + move.view(-1, 1, *acts[key].shape[2:])
+
+        return Edit(*key, torch.cat([features[..., :-1] != 0, (error != 0).any(-1, keepdim=True)], dim=-1), value)
+
+    edits = {key: edit(key, sae) for key, sae in saes.items()}
+    return effects(model, original, answers, final, acts, edits, metric, **how)
+
+
+KEPT = "resid_pre", "k", "v"  # of the original run, so that runs can be resumed in the middle
+
+
+@torch.no_grad()
+def effects(
+    model,
+    original: Tensor,
+    answers: Tensor,
+    final: Tensor,
+    acts: dict,
+    edits: dict,
+    metric=logit_diff,
+    rows: int = 32,
+    pieces=None,
+    progress=None,
+    lockstep: bool = False,
+) -> dict:
+    """{label: metric(edited run) - metric(original run), shaped as its cells} for edits {label: Edit}; 0 outside of the cells.
+
+    An edit at (layer, pos) changes nothing before that layer and nothing before that position. So an edited run is the
+    original run *resumed*: its residual stream from pos on, edited, goes on from that layer, while attention reads the
+    keys and values of the positions before from the original run. Edited runs of one position go down the layers
+    together, in convoys that runs of later layers join where they begin.
+
+    final     the original run's final stream; acts: its nodes, those in KEPT among them
+    rows      how many runs go through a block together (more as they get shorter)
+    pieces    a mapping {pos: {label: effects}} in which finished positions are kept and from which they are taken, so
+              that a long run can go on where it was stopped
+    progress  progress(fraction) is called as the work proceeds
+    lockstep  run all cells, changed or not: processes that share weights must make the same calls
+    """
     n_layers, n_pos = model.config.n_layers, original.shape[1]
+    base = read_out(model, final, answers, metric)
     streams = [acts["resid_pre", layer] for layer in range(n_layers)] + [final]
-    differs = by_layer(model, nodes, lambda name, key: changed(acts[key], patch_acts[key], parts=name in PARTS_OF))
 
     def resumed(prompts, pos, key=None, value=None):
         """The hook of original runs resumed at pos, the node `key` having this value there."""
 
         def hook(name, layer, x):
-            if (name, layer) == key:
-                return value
+            edited = (name, layer) == key
             if name in ("k", "v"):
                 past_and_x = acts[name, layer].index_select(0, prompts)[:, : pos + x.shape[1]]
                 past_and_x[:, pos:] = x
+                if edited:
+                    past_and_x[:, pos : pos + 1] = value
                 return past_and_x
-            return x
+            return value[..., : x.shape[-1]] if edited else x  # of a pattern the keys up to here
 
         hook.nodes = ("k", "v", key and key[0])
         return hook
 
-    def patched_stream(name, layer, pos, where):
-        """The streams from pos on into which these patches have been written; `where` indexes prompt, or prompt and part."""
-        prompts, key = where[0], (PARTS_OF.get(name, name), layer)
-        value = patch_acts[key][prompts, pos : pos + 1]
-        if name in PARTS_OF:  # this part from the patch run, the others from the original run
-            row, part = torch.arange(len(prompts), device=prompts.device), where[1]
-            value = acts[key][prompts, pos : pos + 1].index_put((row, torch.zeros_like(row), part), value[row, 0, part])
-        if name == "resid_pre":  # written ahead of its layer
-            return torch.cat([value, streams[layer][prompts, pos + 1 :]], dim=1)
-        # written behind its layer, within which it changes the stream at pos alone
-        here = streams[layer][prompts, pos : pos + 1]
-        edited = model.block(layer, here, hook=resumed(prompts, pos, key, value), start=pos)
-        return torch.cat([edited, streams[layer + 1][prompts, pos + 1 :]], dim=1)
+    def edited_stream(edit, pos, where):
+        """The streams from pos on, at the layer that the edited runs enter; `where` indexes prompt, or prompt and part."""
+        prompts, value = where[0], edit.value(where[0], pos, *where[1:])
+        stream = streams[edit.layer][prompts, pos:]
+        if edit.node == "resid_pre":
+            return torch.cat([value, stream[:, 1:]], dim=1)
+        # k and v reach all later positions at once, any other node its own alone
+        reach = None if edit.node in ("k", "v") else 1
+        hook, last = resumed(prompts, pos, (edit.node, edit.layer), value), reach is None and edit.entry == n_layers
+        edited = model.block(edit.layer, stream[:, :reach], hook=hook, start=pos, last=last)
+        return edited if reach is None else torch.cat([edited, streams[edit.entry][prompts, pos + 1 :]], dim=1)
 
     def convoys(pos):
-        """Lists of patches (layer they enter, name, layer, where) in the order of the layers, of at most `rows` runs each."""
+        """Lists of (label, where) in the order in which they enter, of at most `rows` runs each."""
         most, convoy, size = max(1, rows * n_pos // (n_pos - pos)), [], 0
-        for entry in range(n_layers + (pos == n_pos - 1)):  # behind the last block, only the last position is read
-            for name in nodes:
-                layer = entry if name == "resid_pre" else entry - 1
-                if 0 <= layer < n_layers:
-                    where = (differs[name][:, layer, pos] | lockstep).nonzero()
-                    while len(where):
-                        part, where = where[: most - size], where[most - size :]
-                        convoy.append((entry, name, layer, part.unbind(1)))
-                        size += len(part)
-                        if size == most:
-                            yield convoy
-                            convoy, size = [], 0
+        for label, edit in sorted(edits.items(), key=lambda item: item[1].entry):
+            if edit.entry == n_layers and pos < n_pos - 1 and edit.node not in ("k", "v"):
+                continue  # behind the last block, only the last position is read
+            where = (edit.cells[:, pos] | lockstep).nonzero()
+            while len(where):
+                part, where = where[: most - size], where[most - size :]
+                convoy.append((label, part.unbind(1)))
+                size += len(part)
+                if size == most:
+                    yield convoy
+                    convoy, size = [], 0
         if convoy:
             yield convoy
 
     def effects_at(pos):
-        """{name: [batch, layer, ...]}: the effects of all patches at one position."""
+        """{label: [batch, ...]}: the effects of all edits at one position."""
         nonlocal done
-        effect = {name: base.new_zeros(d[:, :, pos].shape) for name, d in differs.items()}
+        effect = {label: base.new_zeros(edit.cells[:, pos].shape) for label, edit in edits.items()}
         for convoy in convoys(pos):
-            prompts, x = original.new_zeros(0), final[:0, pos:]
-            for layer in range(convoy[0][0], n_layers + 1):
-                for entry, *which, where in convoy:
-                    if entry == layer:
-                        prompts, x = torch.cat([prompts, where[0]]), torch.cat([x, patched_stream(*which, pos, where)])
+            prompts, x = original.new_zeros(0), None
+            for layer in range(edits[convoy[0][0]].entry, n_layers + 1):
+                for label, where in convoy:
+                    if edits[label].entry == layer:
+                        stream = edited_stream(edits[label], pos, where)
+                        prompts, x = torch.cat([prompts, where[0]]), stream if x is None else torch.cat([x, stream])
                 if layer < n_layers:
                     x = model.block(layer, x, hook=resumed(prompts, pos), start=pos, last=layer == n_layers - 1)
                     done += len(x)
             change = read_out(model, x, answers[prompts], metric) - base[prompts]
-            for (_, name, layer, where), c in zip(convoy, change.split([len(where[0]) for *_, where in convoy])):
-                effect[name][(where[0], layer, *where[1:])] = c
+            for (label, where), c in zip(convoy, change.split([len(where[0]) for _, where in convoy])):
+                effect[label][where] = c
             if progress:
                 progress(done / total)
-        return {name: value * differs[name][:, :, pos] for name, value in effect.items()}
+        return {label: value * edits[label].cells[:, pos] for label, value in effect.items()}
 
-    # in runs through one block: a patch goes through all blocks from the one that it enters on
-    steps = lambda convoy: sum(len(where[0]) * (n_layers - entry) for entry, *_, where in convoy)
+    # in runs through one block: an edited run goes through all blocks from the one that it enters on
+    steps = lambda convoy: sum(len(where[0]) * (n_layers - edits[label].entry) for label, where in convoy)
     work = [sum(map(steps, convoys(pos))) for pos in range(n_pos)]
     done, total = 0, max(1, sum(work))
     pieces = {} if pieces is None else pieces
@@ -333,7 +413,59 @@ def activation_patching(
             done += work[pos]
         else:
             pieces[pos] = effects_at(pos)
-    return {name: torch.stack([pieces[pos][name] for pos in range(n_pos)], dim=2) for name in nodes}
+    return {label: torch.stack([pieces[pos][label] for pos in range(n_pos)], dim=1) for label in edits}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Circuits (Section 5.2): units are features and errors, each at a position. A circuit {(name, layer): bool
+# [pos, n_features + 1]} is what is left of the model when all other units are held at their means.
+
+
+class Neurons:
+    """A node's own dimensions in the place of an SAE's features: f = x, error = 0, W_dec [d, d] the identity."""
+
+    def __init__(self, W_dec: Tensor):
+        self.W_dec = W_dec
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def error(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@torch.no_grad()
+def unit_means(model, tokens: Tensor, saes: dict) -> dict[tuple, tuple[Tensor, Tensor]]:
+    """{(name, layer): (features [pos, n_features], error [pos, d])}, averaged over the prompts in tokens [batch, pos]."""
+    _, acts = record(model, tokens, {name for name, _ in saes})
+    flat = {key: acts[key].flatten(2) for key in saes}
+    return {key: (sae.encode(flat[key]).mean(0), sae.error(flat[key]).mean(0)) for key, sae in saes.items()}
+
+
+@torch.no_grad()
+def run_circuit(model, tokens: Tensor, answers: Tensor, saes: dict, means: dict, circuit: dict, metric=logit_diff):
+    """The metric [batch] of the run in which all units of `saes` outside the circuit are held at their means,
+
+        x <- x + sum_i (mean_i - f_i(x)) W_dec[i] + (mean error - error(x)),        i and the error not in the circuit
+
+    where f and the error are those of the x that this run has computed, so that nodes ablated before have their effect.
+    """
+
+    def hook(name, layer, x):
+        key = name, layer
+        if key not in saes:
+            return x
+        sae, (features, error), out, flat = saes[key], means[key], ~circuit[key], x.flatten(2)
+        move = ((features - sae.encode(flat)) * out[:, :-1]) @ sae.W_dec + (error - sae.error(flat)) * out[:, -1:]
+        return x + move.view_as(x)
+
+    hook.nodes = {name for name, _ in saes}
+    return read_out(model, model.stream(tokens, hook=hook), answers, metric)
+
+
+def faithfulness(circuit: Tensor, full: Tensor, empty: Tensor) -> Tensor:
+    """(L(C) - L(empty)) / (L(M) - L(empty)) of the metrics' means over the last axis. Of the complement's run: completeness."""
+    return (circuit.mean(-1) - empty.mean(-1)) / (full.mean(-1) - empty.mean(-1))
 
 
 # ---------------------------------------------------------------------------------------------------------

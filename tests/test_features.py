@@ -79,3 +79,30 @@ def test_integrated_gradients_passes(model, saes, pair, monkeypatch):  # noqa: F
     calls.clear()
     relp.attribute_features(model, *pair, saes, lrp=True)
     assert len(calls) == 1
+
+
+def test_patching_a_feature_is_its_definition(model, saes, pair):  # noqa: F811
+    """Every feature and error of some positions by whole forward passes; those that do not differ are 0."""
+    original, patch, answers = pair
+    got = relp.patch_features(model, *pair, saes, rows=50)
+    nodes = {name for name, _ in saes}
+    (stream, acts), (_, patch_acts) = (relp.record(model, tokens, nodes) for tokens in (original, patch))
+    base = relp.read_out(model, stream, answers)
+    for key, sae in saes.items():
+        x, y = acts[key].flatten(2), patch_acts[key].flatten(2)
+        features = sae.encode(y) - sae.encode(x)
+        n = features.shape[-1]
+        assert got[key].shape == (*x.shape[:2], n + 1)
+        for pos in (2, 3, 7):
+            for i in (*range(0, n, 5), n):
+                moved = x.clone()
+                moved[:, pos] += (
+                    sae.error(y)[:, pos] - sae.error(x)[:, pos] if i == n else features[:, pos, i, None] * sae.W_dec[i]
+                )
+                stream, _ = relp.record(model, original, nodes, replace={key: moved.view_as(acts[key])})
+                torch.testing.assert_close(
+                    got[key][:, pos, i], relp.read_out(model, stream, answers) - base, atol=1e-12, rtol=0
+                )
+        if key != ("resid_post", 2):  # behind the last block, only the last position counts
+            assert got[key][:, 3:, :-1].abs().max() > 1e-6 and got[key][:, 3:, -1].abs().max() > 1e-6
+        assert (got[key][:, :, :-1][features == 0] == 0).all()
