@@ -2,6 +2,7 @@
 
 python evaluate.py                     the four toy models that come with the project, no download
 python evaluate.py --model gpt2        the real GPT-2 small, from the Hugging Face Hub
+python evaluate.py --task sva          circuits of SAE features (Section 5.2, Figure 3) on the toy GPT-NeoX model
 """
 
 import argparse
@@ -30,7 +31,29 @@ import tasks
 TOYS = ["toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2"]
 NODES = ["resid_pre", "attn_out", "mlp_out"]  # residual stream, attention outputs and MLP outputs of Table 5
 PATCHABLE = list(models.SequentialBlock.nodes)
-LABELS = {"ap": "AP", "atp": "AtP", "relp": "RelP"}
+LABELS = {"ap": "AP", "atp": "AtP", "relp": "RelP", "ig": "IG"}
+TASKS = {  # the options that belong to one task, or differ between them, with their defaults
+    "ioi": {"model": TOYS, "n": 100, "nodes": ",".join(NODES), "methods": "ap,atp,relp", "corruption": "swap"},
+    "sva": {
+        "model": ["toy-neox"],
+        "n": 300,
+        "nodes": None,
+        "methods": "ap,atp,relp,ig",
+        "structures": ",".join(tasks.SVA_STRUCTURES),
+        "held_out": 100,
+        "saes": None,
+        "means": "held-out",
+        "thresholds": "1e-4,1,15",
+        "sum_positions": False,
+        "top": 10,
+    },
+}
+SAES = {
+    "toy-neox": str(Path(__file__).parent / "toy" / "saes" / "neox"),
+    "pythia-70m-deduped": "saprmarks/pythia-70m-deduped-saes",
+}
+COLORS = {"ap": "#222222", "atp": "#9aa0a6", "relp": "#1f6fb4", "ig": "#e08a1e"}
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 TABLE_5 = {  # paper, Appendix B: PCC with AP of AtP and RelP, on 100 IOI prompts
@@ -62,26 +85,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="example: python evaluate.py --model gpt2 pythia-70m --n 50 --corruption s2 --rules ln,identity,epsilon=1e-4",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    p.add_argument("--task", default="ioi", metavar="ioi|sva", help="indirect objects, or subject-verb agreement")
     p.add_argument(
         "--model",
         nargs="+",
-        default=TOYS,
         metavar="NAME",
-        help="short name, Hub repository or directory; 'paper' is the eight of Table 5",
+        help="short name, Hub repository or directory; 'paper' is the eight of Table 5; default: the toys (sva: toy-neox)",
     )
-    p.add_argument("--task", choices=["ioi"], default="ioi", help="prompt pairs from the paper's templates")
-    p.add_argument("--prompts", metavar="FILE", help="prompt pairs from a JSON-lines file instead")
-    p.add_argument("--n", type=int, default=100, help="prompt pairs (with --prompts: at most that many)")
-    p.add_argument("--seed", type=int, default=0, help="of the choice of prompts")
-    p.add_argument(
-        "--corruption", default="swap", metavar="swap|s2", help="exchange both names, or the second mention alone"
-    )
+    p.add_argument("--prompts", metavar="FILE", help="prompt pairs from a JSON-lines file instead of the templates")
+    p.add_argument("--n", type=int, help="prompt pairs (with --prompts: at most that many); default: 100 (sva: 300)")
+    p.add_argument("--seed", type=int, default=0, help="of the choice of prompts, and of the intervals' resamples")
     p.add_argument("--metric", default="logit_diff", metavar="|".join(relp.METRICS), help="what is patched for")
-    p.add_argument("--nodes", default=",".join(NODES), metavar="LIST", help=f"of {', '.join(PATCHABLE)}")
-    p.add_argument("--methods", default=",".join(LABELS), metavar="LIST", help="of ap,atp,relp")
+    p.add_argument(
+        "--nodes", metavar="LIST", help=f"of {', '.join(PATCHABLE)}; default: {','.join(NODES)} (sva: the SAEs')"
+    )
+    p.add_argument("--methods", metavar="LIST", help="of ap,atp,relp,ig; default: ap,atp,relp (sva: all)")
+    p.add_argument("--steps", type=int, default=10, help="of Integrated Gradients")
     p.add_argument(
         "--rules", default="paper", metavar="RULES", help="paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X"
     )
+    p.add_argument(
+        "--corruption", metavar="swap|s2", help="ioi: exchange both names (default), or the second mention alone"
+    )
+    sva = p.add_argument_group("--task sva")
+    sva.add_argument("--structures", metavar="LIST", help=f"of {', '.join(tasks.SVA_STRUCTURES)}; default: all")
+    sva.add_argument("--held-out", type=int, metavar="N", help="prompt pairs to judge the circuits by; default: 100")
+    sva.add_argument("--saes", metavar="SOURCE", help="directory, zip or Hub repository of sparse autoencoders")
+    sva.add_argument("--means", metavar="held-out|discovery", help="the patch prompts to whose means units are ablated")
+    sva.add_argument(
+        "--thresholds", metavar="LOW,HIGH,COUNT", help="T_N, as shares of the total effect; default: 1e-4,1,15"
+    )
+    sva.add_argument("--sum-positions", action="store_true", default=None, help="a unit counts at all positions alike")
+    sva.add_argument("--top", type=int, metavar="K", help="how many of the strongest units to list; default: 10")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--dtype", default="float32", metavar="|".join(DTYPES), help="of weights and activations")
     p.add_argument(
@@ -94,6 +129,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--no-bos", action="store_true", help="put no BOS token in front of the prompts")
     p.add_argument("--no-plot", action="store_true", help="draw nothing")
     args = p.parse_args(argv)
+    choices("task", args.task, TASKS, single=True)
+    for option in dict.fromkeys(name for options in TASKS.values() for name in options):
+        if option not in TASKS[args.task] and getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} has no meaning with --task {args.task}")
+        if getattr(args, option) is None:
+            setattr(args, option, TASKS[args.task].get(option))
     args.model = [name for given in args.model for name in (TABLE_5 if given == "paper" else [given])]
     args.model, taken = list(dict.fromkeys(args.model)), {}
     for name in args.model:
@@ -101,17 +142,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(
                 f"{taken[slug(name)]} and {name} would write to one folder, {slug(name)}: give them different names, or run them apart"
             )
-    args.nodes = choices("node", args.nodes, PATCHABLE)
+    args.nodes = args.nodes and choices("node", args.nodes, PATCHABLE)
     args.methods = choices("method", args.methods, LABELS)
     args.rules = parse_rules(args.rules)
     choices("metric", args.metric, relp.METRICS, single=True)
     choices("dtype", args.dtype, DTYPES, single=True)
-    choices("corruption", args.corruption, tasks.CORRUPTIONS, single=True)
-    if args.n < 1:
-        raise ValueError(f"--n must be at least 1, got {args.n}")
+    if args.task == "ioi":
+        choices("corruption", args.corruption, tasks.CORRUPTIONS, single=True)
+    else:
+        args.structures = choices("structure", args.structures, tasks.SVA_STRUCTURES)
+        choices("choice of means", args.means, ("held-out", "discovery"), single=True)
+        args.thresholds = parse_thresholds(args.thresholds)
+    for option in ("n", "steps", "held_out", "top"):
+        if (getattr(args, option) or 0) < (option in TASKS[args.task] or option == "steps"):
+            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(args, option)}")
     if args.batch_size != "auto" and not re.fullmatch("[1-9][0-9]*", args.batch_size):
         raise ValueError(f"--batch-size must be auto or a positive whole number, got {args.batch_size!r}")
     args.device = join(parse_device(args.device))
+    if args.task == "sva" and world() > 1:
+        raise ValueError("--task sva runs in one process")
     if args.shard and world() == 1:
         raise ValueError("--shard needs several processes: torchrun --nproc-per-node=N evaluate.py --shard ...")
     return args
@@ -147,6 +196,18 @@ def parse_rules(text: str) -> bool | models.Rules:
     if "epsilon" in fields and "gamma" in fields:
         raise ValueError("epsilon and gamma are both rules for linear layers: choose one")
     return models.Rules(**fields)
+
+
+def parse_thresholds(text: str) -> list[float]:
+    """LOW,HIGH,COUNT as thresholds spaced evenly in their logarithm, rising."""
+    try:
+        low, high, count = text.split(",")
+        low, high, count = float(low), float(high), int(count)
+        if not (0 < low <= high < math.inf and count > 0):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--thresholds must be LOW,HIGH,COUNT with 0 < LOW <= HIGH, got {text!r}") from None
+    return [float(t) for t in np.geomspace(low, high, count)]
 
 
 def parse_device(text: str) -> torch.device:
@@ -236,11 +297,7 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
         "pcc": correlations(scores, differs, [p.group for p in pairs], args),
         "rules": dataclasses.asdict(model.rules(args.rules)),
         "seconds": seconds,
-        "arguments": {
-            key: str(value) if isinstance(value, (torch.device, models.Rules)) else value
-            for key, value in vars(args).items()
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        **circumstances(args),
     }
     if rank() == 0:
         arrays = {f"{method}_{node}": value for (method, node), value in scores.items()}
@@ -253,6 +310,19 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
     for file in folder.glob(f"unfinished-{rank()}-*.npz"):
         file.unlink()
     return summary
+
+
+def circumstances(args: argparse.Namespace) -> dict:
+    plain = lambda value: str(value) if isinstance(value, (torch.device, models.Rules)) else value
+    return {
+        "arguments": {key: plain(value) for key, value in vars(args).items()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+def method_options(method: str, args: argparse.Namespace) -> dict:
+    """What relp's functions are told so that they follow this method."""
+    return {"atp": {}, "relp": {"lrp": args.rules}, "ig": {"steps": args.steps}}[method]
 
 
 def prompt_pairs(name: str, model, args: argparse.Namespace) -> list[tasks.Pair]:
@@ -286,7 +356,7 @@ def score(
         leave=False,
         disable=None if rank() == 0 else True,
         delay=2,
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+        bar_format=BAR,
     ) as bar:
         for rows in batches(pairs, prompts * world()):
             mine, done = share(rows), bar.n
@@ -317,9 +387,7 @@ def score(
                     )
                     seconds["ap"] += pieces.seconds_before
                 else:
-                    scores = relp.attribute(
-                        model, *batch, args.nodes, metric, lrp=args.rules if method == "relp" else False
-                    )
+                    scores = relp.attribute(model, *batch, args.nodes, metric, **method_options(method, args))
                 results |= {(method, node): value.cpu() for node, value in scores.items()}
                 seconds[method] += time.perf_counter() - began
             if not all(value.isfinite().all() for value in results.values()):
@@ -590,7 +658,7 @@ def draw_pcc(file, summaries: list[dict], args: argparse.Namespace) -> None:
                 heights,
                 0.38,
                 label=LABELS[method],
-                color={"atp": "#9aa0a6", "relp": "#1f6fb4"}[method],
+                color=COLORS[method],
             )
         ax.set_title(node, fontsize=10)
         ax.set_xticks(range(len(summaries)), [s["model"] for s in summaries], rotation=35, ha="right", fontsize=8)
@@ -611,6 +679,555 @@ def print_overview(summaries: list[dict], args: argparse.Namespace) -> None:
             f"{s['model']:20}"
             + "".join(f"{s['pcc'][m][node]['averaged']:10.3f}" for node in args.nodes for m in methods)
         )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Circuits of subject-verb agreement: the paper's Section 5.2 and Figure 3
+
+# What circuits are made of: (label, kind of unit, the nodes whose SAE errors are ablated whatever their score)
+VARIANTS = {
+    "features": ("features and errors", "features", ()),
+    "no_errors": ("no errors", "features", ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")),
+    "no_sublayer_errors": ("no attention, MLP errors", "features", ("attn_out", "mlp_out", "z")),
+    "no_resid_errors": ("no residual errors", "features", ("resid_pre", "resid_mid", "resid_post")),
+    "neurons": ("neurons: node dimensions", "neurons", ()),
+    "mlp_neurons": ("neurons: MLP hidden", "mlp_neurons", ()),
+}
+SIZES = (10, 30, 100, 300)  # of the circuits in the table
+GRID = np.geomspace(SIZES[0], SIZES[-1], 30)  # over which faithfulness is averaged, and its mean drawn
+TARGET = 0.8  # the smallest circuit with this faithfulness is drawn
+PER_CELL = 8  # units of one node and position; of more, the strongest are drawn
+RESAMPLES = 1000
+
+
+class Counted:
+    """A model that counts: passes forward, where a stream is computed; backward, where a gradient comes to its end; read-outs."""
+
+    def __init__(self, model):
+        self.model, self.forward, self.backward, self.read = model, 0, 0, 0
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def stream(self, *args, **kwargs):
+        self.forward += 1
+        stream = self.model.stream(*args, **kwargs)
+        if stream.requires_grad:
+            stream.register_hook(self.count_backward)
+        return stream
+
+    def count_backward(self, gradient):
+        self.backward += 1
+
+    def unembed(self, x, *args, **kwargs):
+        self.read += len(x)
+        return self.model.unembed(x, *args, **kwargs)
+
+
+def evaluate_circuits(name: str, args: argparse.Namespace) -> dict:
+    """Find circuits on the discovery pairs, judge them on the held-out ones, print the tables, draw and write. Returns the summary."""
+    began = time.perf_counter()
+    dtype, device = DTYPES[args.dtype], args.device
+    model, tokenizer = models.from_pretrained(name, dtype, device), models.load_tokenizer(name)
+    if not (source := args.saes or SAES.get(name)):
+        raise ValueError(f"no sparse autoencoders are known for {name}: name some with --saes")
+    saes = models.load_saes(source, model, dtype, device, args.nodes)
+    identity = lambda n: relp.Neurons(torch.eye(n, dtype=dtype, device=device))
+    units = {
+        "features": saes,
+        "neurons": {key: identity(sae.W_dec.shape[1]) for key, sae in saes.items()},
+        "mlp_neurons": {("mlp_hidden", i): identity(model.config.d_mlp) for i in range(model.config.n_layers)},
+    }
+    structures = agreement_pairs(tokenizer, model, args)
+    say(
+        f"\n{name}: {len(saes)} SAEs of {max(len(sae.W_dec) for sae in saes.values())} features, {args.n} discovery and "
+        f"{args.held_out} held-out pairs, {args.dtype} on {device}, ready after {time.perf_counter() - began:.1f} s"
+    )
+    folder = Path(args.out) / f"{slug(name)}-{slug(Path(args.prompts).stem) if args.prompts else args.task}"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    found = {}
+    for structure, (discovery, held_out) in structures.items():
+        scores, costs = unit_scores(f"{name} {structure}", model, discovery, units, args)
+        found[structure] = judge(structure, model, discovery, held_out, units, scores, args) | {"cost": costs}
+        strongest = strongest_units(
+            model, discovery, held_out, tokenizer, saes, scores["features"], found[structure], args
+        )
+        found[structure]["strongest"] = strongest
+        print_structure(structure, found[structure], args)
+        save(
+            folder / f"circuit-{structure}.json",
+            lambda file: file.write(
+                json.dumps(without_nan(circuit_json(structure, found[structure])), indent=1).encode()
+            ),
+        )
+    summary = {"model": name, "task": args.task, "saes": source, **summarise(found, args), **circumstances(args)}
+    save(folder / "summary.json", lambda file: file.write(json.dumps(without_nan(summary), indent=1).encode()))
+    print_circuits(summary, args)
+    if not args.no_plot:
+        save(folder / "faithfulness.png", lambda file: draw_faithfulness(file, name, found, args))
+        save(folder / "circuits.png", lambda file: draw_circuits(file, name, found, args))
+    print(f"  written to {folder}/")
+    return summary
+
+
+def agreement_pairs(tokenizer, model, args: argparse.Namespace) -> dict[str, tuple[list, list]]:
+    """{structure: (discovery pairs, held-out pairs)}, from the templates or from a file (then of its largest group)."""
+    if not args.prompts:
+        return {s: tasks.sva(tokenizer, s, args.n, args.held_out, args.seed, not args.no_bos) for s in args.structures}
+    pairs = tasks.read_pairs(args.prompts, tokenizer, not args.no_bos, model.config.n_vocab, skip_unaligned=True)
+    pairs = tasks.largest_group(pairs, args.n + args.held_out)
+    return {slug(Path(args.prompts).stem): tasks.split(pairs, args.n, args.held_out, args.seed)}
+
+
+def tensors(pairs: list[tasks.Pair], device) -> list[torch.Tensor]:
+    return [torch.tensor([getattr(p, part) for p in pairs], device=device) for part in ("original", "patch", "answers")]
+
+
+def unit_scores(title: str, model, pairs: list[tasks.Pair], units: dict, args: argparse.Namespace) -> tuple[dict, dict]:
+    """Every method's scores of every unit, averaged over the pairs: {kind: {method: {(name, layer): [pos, units]}}}.
+
+    AP's are of features and errors alone. And what the features' scores cost: {method: {"forward", "backward",
+    "seconds"}}, passes for one batch of pairs; an edited run of AP counts as one.
+    """
+    metric, length = relp.METRICS[args.metric], len(pairs[0].original)
+    size, runs = batch_sizes(args.batch_size, model.config, length, args.device)
+    size = max(1, min(size, 2**27 // (length * sum(len(sae.W_dec) for sae in units["features"].values()))))
+    every = list(batches(pairs, size))
+    scores, costs = {kind: {} for kind in units}, {}
+    with tqdm(
+        total=len(every) * len(args.methods), desc=title, leave=False, disable=None, delay=2, bar_format=BAR
+    ) as bar:
+        for method in args.methods:
+            bar.set_description(f"{title} {LABELS[method]}")
+            cost = costs[method] = {"forward": 0.0, "backward": 0.0, "seconds": 0.0}
+            for rows in every:
+                batch, done = tensors([pairs[i] for i in rows], args.device), bar.n
+                counted, began = Counted(model), time.perf_counter()
+                if method == "ap":
+                    progress = lambda part: bar.update(done + part - bar.n)
+                    features = relp.patch_features(
+                        counted, *batch, units["features"], metric, rows=runs, progress=progress
+                    )
+                    counted.forward += (
+                        counted.read / len(rows) - 1
+                    )  # the read-outs are the unpatched run's and the edited ones'
+                    parts = {"features": features}
+                else:
+                    options = method_options(method, args)
+                    runs_and_rho = relp.propagate(counted, *batch, units["features"], metric, **options)
+                    parts = {"features": relp.divide(runs_and_rho, units["features"])}
+                cost["seconds"] += time.perf_counter() - began
+                for what in ("forward", "backward"):
+                    cost[what] += getattr(counted, what) / len(every)
+                if method != "ap":
+                    parts["neurons"] = relp.divide(runs_and_rho, units["neurons"])
+                    hidden = relp.propagate(model, *batch, units["mlp_neurons"], metric, **options)
+                    parts["mlp_neurons"] = relp.divide(hidden, units["mlp_neurons"])
+                for kind, values in parts.items():
+                    total = scores[kind].setdefault(method, {})
+                    for key, value in values.items():
+                        total[key] = total.get(key, 0) + value.sum(0) / len(pairs)
+                bar.update(done + 1 - bar.n)
+    if not all(
+        v.isfinite().all() for kind in scores.values() for of_method in kind.values() for v in of_method.values()
+    ):
+        raise ValueError(f"{title}: scores that are not finite in {args.dtype}; try --dtype float32")
+    if args.sum_positions:
+        alike = lambda value: value.sum(0, keepdim=True).expand_as(value)
+        scores = {k: {m: {key: alike(v) for key, v in s.items()} for m, s in of.items()} for k, of in scores.items()}
+    return scores, costs
+
+
+def judge(
+    structure: str, model, discovery: list, held_out: list, units: dict, scores: dict, args: argparse.Namespace
+) -> dict:
+    """The circuits at every threshold, run on the held-out pairs.
+
+    T_N is a share of the total effect, |mean metric(original) - mean metric(patch)| on the discovery pairs, the same for
+    all methods. The first third of the layers is left as it is, and not counted (Appendix A.2).
+    """
+    metric, first = relp.METRICS[args.metric], model.config.n_layers // 3
+    values = [x.mean().item() for x in relp.compare(model, *tensors(discovery, args.device), (), metric)[:2]]
+    original, patch, answers = tensors(held_out, args.device)
+    full, full_patch, _ = relp.compare(model, original, patch, answers, (), metric)
+    effect = abs(values[0] - values[1])
+    thresholds = [share * effect for share in args.thresholds]
+    of_means = patch if args.means == "held-out" else tensors(discovery, args.device)[1]
+    curves = {}
+    for variant, (label, kind, removed) in VARIANTS.items():
+        judged = {key: sae for key, sae in units[kind].items() if key[1] >= first}
+        if not judged:
+            raise ValueError(f"no SAE in the layers that are judged, {first} to {model.config.n_layers - 1}")
+        means = relp.unit_means(model, of_means, judged)
+        run = lambda circuit: relp.run_circuit(model, original, answers, judged, means, circuit, metric).cpu().double()
+
+        def without_removed(circuit):
+            for name, layer in circuit:
+                circuit[name, layer][:, -1] &= name not in removed
+            return circuit
+
+        nothing = {key: torch.zeros_like(next(iter(scores[kind].values()))[key], dtype=torch.bool) for key in judged}
+        empty, curves[variant] = run(nothing), {}
+        for method, of_method in scores[kind].items():
+            sizes, circuits, complements = [], [], []
+            for threshold in thresholds:
+                circuit = without_removed({key: of_method[key].abs() > threshold for key in judged})
+                size = sum(int(c.sum()) for c in circuit.values())
+                if not sizes or size != sizes[-1]:  # circuits are nested: of equal size, equal
+                    now = run(circuit), run(without_removed({key: ~c for key, c in circuit.items()}))
+                sizes.append(size), circuits.append(now[0]), complements.append(now[1])
+            if not sizes[0] and variant == "features":
+                raise ValueError(
+                    f"{structure}: no unit's {LABELS[method]} score exceeds the lowest threshold, {thresholds[0]:.3g} "
+                    f"({args.thresholds[0]:.3g} of the total effect): choose lower --thresholds"
+                )
+            curves[variant][method] = {
+                "sizes": sizes, "circuit": torch.stack(circuits), "complement": torch.stack(complements), "empty": empty,
+            }  # fmt: skip
+    return {
+        "pairs": held_out,
+        "accuracy": {"original": float((full > 0).double().mean()), "patch": float((full_patch < 0).double().mean())},
+        "discovery": {"original": values[0], "patch": values[1]},
+        "total_effect": effect,
+        "thresholds": thresholds,
+        "full": full.cpu().double(),
+        "curves": curves,
+        "roles": overlay(held_out)[0],
+        "scores": {m: {key: value.cpu() for key, value in s.items()} for m, s in scores["features"].items()},
+        "first_layer": first,
+    }
+
+
+# Statistics of the circuits
+
+
+def resamples(pairs: list[tasks.Pair], seed: int) -> torch.Tensor:
+    """Weights [1 + RESAMPLES, n] of the pairs: first all alike, then how often each one is in a resample.
+
+    Pairs made of the same two prompts are drawn together: as evidence they are one.
+    """
+    names = [frozenset((p.original, p.patch)) for p in pairs]
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    drawn = torch.randint(len(number), (RESAMPLES, len(number)), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(RESAMPLES, len(number), dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
+    )
+    return torch.cat([torch.ones(1, len(pairs), dtype=torch.float64), counts[:, [number[name] for name in names]]])
+
+
+def curve(found: dict, variant: str, method: str, which: str, weights: torch.Tensor) -> torch.Tensor:
+    """Faithfulness (which: "circuit") or completeness ("complement") at each threshold: [thresholds, weights]."""
+    c = found["curves"][variant][method]
+    return relp.faithfulness(c[which][:, None] * weights, found["full"] * weights, c["empty"] * weights)
+
+
+def at_sizes(values: torch.Tensor, sizes: list[int], wanted) -> torch.Tensor:
+    """A curve's values [thresholds, ...] at other circuit sizes, linear in log(1 + size); beyond its ends, those of its ends."""
+    order = np.unique(sizes, return_index=True)[1]
+    x, units = np.log1p(np.array(sizes)[order]), np.eye(len(order))
+    matrix = np.stack([np.interp(np.log1p(wanted), x, unit) for unit in units], axis=1)
+    return torch.tensor(matrix) @ values[order]
+
+
+def estimate(values: torch.Tensor) -> list[float]:
+    """[value, low, high]: the first of `values`, and the 95 % interval of the others."""
+    return [float(values[0]), *values[1:].quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()]
+
+
+def summarise(found: dict, args: argparse.Namespace) -> dict:
+    """What goes into summary.json: every structure, and the averages over them with their intervals."""
+    weights = {s: resamples(f["pairs"], args.seed) for s, f in found.items()}
+
+    def averaged(variant, method, which, sizes):  # [sizes, resamples]
+        of = [
+            at_sizes(curve(f, variant, method, which, weights[s]), f["curves"][variant][method]["sizes"], sizes)
+            for s, f in found.items()
+        ]
+        return torch.stack(of).mean(0)
+
+    result = {"faithfulness": {}, "completeness": {}, "differences": {}}
+    for variant in VARIANTS:
+        means = {}
+        for method in next(iter(found.values()))["curves"][variant]:
+            for name, which in (("faithfulness", "circuit"), ("completeness", "complement")):
+                means[name, method] = averaged(variant, method, which, GRID).mean(0)
+                result[name].setdefault(variant, {})[method] = {
+                    "sizes": {n: estimate(v) for n, v in zip(SIZES, averaged(variant, method, which, SIZES))},
+                    "mean": estimate(means[name, method]),
+                }
+        for (name, method), values in means.items():
+            if method not in ("ap", "relp") and (name, "relp") in means:
+                of = result["differences"].setdefault(variant, {}).setdefault(f"relp - {method}", {})
+                of[name] = estimate(means[name, "relp"] - values)
+    result["agreement"] = {s: agreement_of_units(f["scores"]) for s, f in found.items()}
+    result["structures"] = {
+        s: {
+            key: f[key] for key in ("accuracy", "discovery", "total_effect", "thresholds", "cost", "first_layer")
+        } | {
+            "curves": {
+                variant: {
+                    method: {
+                        "sizes": c["sizes"],
+                        "faithfulness": [estimate(v) for v in curve(f, variant, method, "circuit", weights[s])],
+                        "completeness": [estimate(v) for v in curve(f, variant, method, "complement", weights[s])],
+                    }
+                    for method, c in of.items()
+                }
+                for variant, of in f["curves"].items()
+            }
+        }
+        for s, f in found.items()
+    }  # fmt: skip
+    return result
+
+
+def agreement_of_units(scores: dict) -> dict:
+    """{method: {node or "all": {"pcc", "spearman"}}} with AP's averaged scores, over the units that some method scores."""
+    if "ap" not in scores:
+        return {}
+    nodes = list(dict.fromkeys(name for name, _ in scores["ap"]))
+    result = {}
+    for node in ["all", *nodes]:
+        flat = {
+            m: torch.cat([v.flatten() for (name, _), v in s.items() if node in ("all", name)])
+            for m, s in scores.items()
+        }
+        there = torch.stack(list(flat.values())).ne(0).any(0)
+        for method in scores:
+            if method != "ap":
+                a, b = flat[method][there], flat["ap"][there]
+                result.setdefault(method, {})[node] = {"pcc": relp.pearson(a, b), "spearman": relp.spearman(a, b)}
+    return result
+
+
+# Reading a circuit
+
+
+def strongest_units(model, discovery, held_out, tokenizer, saes, scores, found, args: argparse.Namespace) -> list[dict]:
+    """The --top K units of the main method: where they are, what each method scores, and the prompts on which they fire most."""
+    main, bos = main_method(scores), held_out[0].roles[0] == "BOS"
+    tokens = torch.cat(tensors(held_out, args.device)[:2]).unique(dim=0)
+    _, acts = relp.record(model, tokens, {name for name, _ in saes})
+    listed = []
+    for key, pos, i in ranked(scores[main])[: args.top]:
+        sae, x = saes[key], acts[key].flatten(2)[:, pos]
+        fires = sae.encode(x)[:, i] if i < len(sae.W_dec) else sae.error(x).norm(dim=-1)
+        most = fires.topk(min(3, len(fires)))
+        listed.append(
+            describe(key, pos, i, len(sae.W_dec), found, scores)
+            | {
+                "fires_most_on": [
+                    [tokenizer.decode(tokens[j, bos:].tolist()), float(v)] for v, j in zip(*most) if v > 0
+                ]
+            }
+        )
+    return listed
+
+
+def main_method(scores: dict) -> str:
+    return "relp" if "relp" in scores else next(iter(scores))
+
+
+def ranked(scores: dict) -> list[tuple]:
+    """(key, pos, unit) of all units with a score, the strongest first."""
+    units = [(key, *at) for key, value in scores.items() for at in value.nonzero().tolist()]
+    strength = torch.cat([value[value != 0].abs() for value in scores.values()])
+    return [units[i] for i in strength.argsort(descending=True, stable=True).tolist()]
+
+
+def describe(key: tuple, pos: int, i: int, n_features: int, found: dict, scores: dict) -> dict:
+    return {
+        "layer": key[1],
+        "node": key[0],
+        "unit": i if i < n_features else "error",
+        "position": pos,
+        "role": found["roles"][pos],
+        "scores": {method: float(of_method[key][pos, i]) for method, of_method in scores.items()},
+    }
+
+
+def chosen_circuit(found: dict) -> dict:
+    """The smallest circuit of the main method that reaches TARGET, or else its largest: size, threshold, faithfulness, units."""
+    method = main_method(found["scores"])
+    of_method, c = found["scores"][method], found["curves"]["features"][method]
+    faithful = relp.faithfulness(c["circuit"], found["full"], c["empty"]).tolist()
+    best = max((k for k, f in enumerate(faithful) if f >= TARGET), default=0)
+    threshold = found["thresholds"][best]
+    units = [unit for unit in ranked(of_method) if abs(of_method[unit[0]][unit[1:]]) > threshold]
+    return {
+        "method": method,
+        "threshold": threshold,
+        "size": c["sizes"][best],
+        "faithfulness": faithful[best],
+        "units": units,
+    }
+
+
+def circuit_json(structure: str, found: dict) -> dict:
+    """One structure's circuits as a file that others can read: the curves, and all units above the lowest threshold."""
+    scores, chosen = found["scores"], chosen_circuit(found)
+    main, everything = scores[chosen["method"]], torch.ones(1, len(found["full"]), dtype=torch.float64)
+    shown = [u for u in ranked(main) if abs(main[u[0]][u[1:]]) > found["thresholds"][0]]
+    return {
+        "structure": structure,
+        "roles": found["roles"],
+        "total_effect": found["total_effect"],
+        "thresholds": found["thresholds"],
+        "first_layer_judged": found["first_layer"],
+        "circuits": {
+            variant: {
+                method: {
+                    "sizes": c["sizes"],
+                    "faithfulness": curve(found, variant, method, "circuit", everything)[:, 0].tolist(),
+                    "completeness": curve(found, variant, method, "complement", everything)[:, 0].tolist(),
+                }
+                for method, c in of.items()
+            }
+            for variant, of in found["curves"].items()
+        },
+        "drawn": {key: chosen[key] for key in ("method", "threshold", "size", "faithfulness")},
+        "strongest": found["strongest"],
+        "nodes": [describe(key, pos, i, main[key].shape[1] - 1, found, scores) for key, pos, i in shown],
+    }
+
+
+def print_structure(structure: str, found: dict, args: argparse.Namespace) -> None:
+    accuracy, mean, chosen = found["accuracy"], found["discovery"], chosen_circuit(found)
+    print(
+        f"\n  {structure}: right on {accuracy['original']:.0%} of the original and {accuracy['patch']:.0%} of the patch prompts held out; "
+        f"mean {args.metric} {mean['original']:+.3f} and {mean['patch']:+.3f}"
+    )
+    if min(accuracy.values()) < 0.75:
+        print("  WARNING: this model does not do the task, so there is no behaviour here for the methods to explain")
+    print(
+        f"  {chosen['size']} units from layer {found['first_layer']} on, found by {LABELS[chosen['method']]}, have a faithfulness of {chosen['faithfulness']:.2f}; "
+        f"the strongest, and the prompts on which they fire most:"
+    )
+    methods = list(found["scores"])
+    print(f"    {'layer node':18}{'unit':>6}  {'position':10}" + "".join(f"{LABELS[m]:>9}" for m in methods))
+    for u in found["strongest"]:
+        numbers = "".join(f"{u['scores'][m]:9.3f}" for m in methods)
+        prompts = ", ".join(f"{text.strip()!r} {value:.1f}" for text, value in u["fires_most_on"][:2])
+        print(f"    {u['layer']:>5} {u['node']:12}{u['unit']:>6}  {u['role'].strip():10}{numbers}  {prompts}")
+
+
+def print_circuits(summary: dict, args: argparse.Namespace) -> None:
+    structures = summary["structures"]
+    average = lambda values: sum(values) / len(structures)
+    print(f"\n  {'':26}{'forward':>10}{'backward':>10}{'seconds':>10}{'PCC, AP':>10}{'Spearman':>10}")
+    for method in args.methods:
+        costs = [
+            average(s["cost"][method][what] for s in structures.values()) for what in ("forward", "backward", "seconds")
+        ]
+        line = f"  {LABELS[method]:26}" + "{:10.0f}{:10.0f}{:10.2f}".format(*costs)
+        if method != "ap" and "ap" in args.methods:
+            of = [agreement[method]["all"] for agreement in summary["agreement"].values()]
+            line += f"{average(x['pcc'] for x in of):10.3f}{average(x['spearman'] for x in of):10.3f}"
+        print(line)
+    columns = "".join(f"{n:>6}" for n in SIZES)
+    print(f"\n  {'':34}{'faithfulness':>24}{'':23} |{'completeness':>24}")
+    print(f"  {'circuits of so many units':34}{columns}{'mean':>9}{'95 %':>9}{'':5} |{columns}")
+    for variant, (label, *_) in VARIANTS.items():
+        faithful, complete = (summary[name][variant] for name in ("faithfulness", "completeness"))
+        for method in faithful:
+            value, low, high = faithful[method]["mean"]
+            at = ["".join(f"{of[method]['sizes'][n][0]:6.2f}" for n in SIZES) for of in (faithful, complete)]
+            print(f"  {label:26}{LABELS[method]:8}{at[0]}{value:9.3f} [{low:.3f} {high:.3f}] |{at[1]}")
+            label = ""
+        for other, of in summary["differences"].get(variant, {}).items():
+            value, low, high = of["faithfulness"]
+            print(f"  {'':26}{'RelP - ' + LABELS[other.split()[-1]]:32}{value:+9.3f} [{low:+.3f} {high:+.3f}]")
+
+
+def draw_faithfulness(file, name: str, found: dict, args: argparse.Namespace) -> None:
+    """The paper's Figure 3: a column per kind of circuit; faint lines are structures, bold their mean with its 95 % band."""
+    from matplotlib.figure import Figure
+
+    weights = {s: resamples(f["pairs"], args.seed) for s, f in found.items()}
+    figure = Figure(figsize=(2.3 + 2.6 * len(VARIANTS), 6), layout="constrained")
+    axes = figure.subplots(2, len(VARIANTS), sharex="col", sharey=True)
+    for i, (title, which) in enumerate((("faithfulness", "circuit"), ("completeness", "complement"))):
+        axes[i, 0].set_ylabel(title)
+        for ax, (variant, (label, *_)) in zip(axes[i], VARIANTS.items()):
+            for method in next(iter(found.values()))["curves"][variant]:
+                sizes = {s: f["curves"][variant][method]["sizes"] for s, f in found.items()}
+                ends = max(min(n) for n in sizes.values()), min(max(n) for n in sizes.values())
+                grid, curves = np.geomspace(max(1, ends[0]), max(2, ends[1]), 40), []
+                for s, f in found.items():
+                    values = curve(f, variant, method, which, weights[s])
+                    ax.plot(np.maximum(sizes[s], 0.7), values[:, 0], color=COLORS[method], alpha=0.25, linewidth=0.8)
+                    curves.append(at_sizes(values, sizes[s], grid))
+                mean = torch.stack(curves).mean(0)
+                low, high = mean[:, 1:].quantile(torch.tensor([0.025, 0.975], dtype=mean.dtype), dim=1)
+                ax.fill_between(grid, low, high, color=COLORS[method], alpha=0.15, linewidth=0)
+                ax.plot(grid, mean[:, 0], color=COLORS[method], linewidth=2, label=LABELS[method])
+            ax.set_xscale("log")
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.axhline(1 - i, color="black", linewidth=0.5, linestyle=":")
+            ax.set_ylim(-0.15, 1.15)
+            if i == 0:
+                ax.set_title(label, fontsize=10)
+            else:
+                ax.set_xlabel("units in the circuit")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    figure.suptitle(
+        f"{name}: circuits of subject-verb agreement, held-out pairs, {args.metric}; bold: mean of the structures"
+    )
+    figure.savefig(file, format="png", dpi=110)
+
+
+def draw_circuits(file, name: str, found: dict, args: argparse.Namespace) -> None:
+    """A picture of each structure's circuit: layers upward, positions across, a unit's area as its score, its number on it."""
+    from matplotlib.figure import Figure
+
+    nodes = list(dict.fromkeys(key for f in found.values() for of_method in f["scores"].values() for key in of_method))
+    order = ["resid_pre", "z", "attn_out", "resid_mid", "mlp_out", "resid_post"]
+    nodes.sort(key=lambda key: (key[1], order.index(key[0])))
+    columns = min(2, len(found))
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(8 * columns, (1.2 + 0.4 * len(nodes)) * rows), layout="constrained")
+    for ax, (structure, f) in zip(figure.subplots(rows, columns, squeeze=False).flat, found.items()):
+        chosen, positions = chosen_circuit(f), range(len(f["roles"]))
+        scores = f["scores"][chosen["method"]]
+        top = max((abs(float(scores[key][pos, i])) for key, pos, i in chosen["units"]), default=1.0)
+        cells = {}  # (node, pos) -> its units, the strongest first
+        for key, pos, i in chosen["units"]:
+            cells.setdefault((key, pos), []).append(i)
+        widths = [
+            max([1, *(min(len(u), PER_CELL) + (len(u) > PER_CELL) for (_, p), u in cells.items() if p == pos)])
+            for pos in positions
+        ]
+        edges = np.concatenate([[0], np.cumsum(widths)])
+        for (key, pos), units in cells.items():
+            y, x = nodes.index(key), edges[pos] + 0.5
+            for i in units[:PER_CELL]:
+                value, error = float(scores[key][pos, i]), i == scores[key].shape[1] - 1
+                color, marker = "#d6604d" if value > 0 else "#4393c3", "s" if error else "o"
+                ax.scatter(x, y, s=25 + 550 * abs(value) / top, marker=marker, color=color, linewidths=0)
+                ax.annotate("err" if error else str(i), (x, y), ha="center", va="center", fontsize=6)
+                x += 1
+            if len(units) > PER_CELL:
+                ax.annotate(f"+{len(units) - PER_CELL}", (x, y), ha="center", va="center", fontsize=7)
+        ax.set_xticks((edges[:-1] + edges[1:]) / 2, f["roles"])
+        ax.set_yticks(range(len(nodes)), [f"{layer} {node}" for node, layer in nodes], fontsize=8)
+        ax.set_xlim(0, edges[-1])
+        ax.set_ylim(-0.7, len(nodes) - 0.3)
+        ax.grid(axis="y", linewidth=0.3)
+        for x in edges[1:-1]:
+            ax.axvline(x, color="grey", linewidth=0.4)
+        ax.set_title(
+            f"{structure}: {len(chosen['units'])} units, faithfulness {chosen['faithfulness']:.2f}", fontsize=10
+        )
+    figure.suptitle(
+        f"{name}: SAE features (their numbers) and errors (squares), area by {LABELS[chosen['method']]} score; "
+        "blue carries the original's answer, red speaks against it",
+        fontsize=10,
+    )
+    figure.savefig(file, format="png", dpi=110)
+
+
+# ---------------------------------------------------------------------------------------------------------
 
 
 def complain(error: BaseException) -> int:
@@ -635,7 +1252,7 @@ def main(argv: list[str] | None = None) -> int:
     summaries, code, said = [], 0, set()
     for name in args.model:
         try:
-            summaries.append(evaluate(name, args))
+            summaries.append({"ioi": evaluate, "sva": evaluate_circuits}[args.task](name, args))
         except torch.OutOfMemoryError:
             code = complain(ValueError(f"{name}: out of memory; try a smaller --batch-size, or --dtype bfloat16"))
         except (ValueError, OSError) as error:
@@ -645,7 +1262,7 @@ def main(argv: list[str] | None = None) -> int:
             said.add(text)
         if code and world() > 1:
             return code  # the other processes may be waiting for this one: torchrun ends them
-    if len(summaries) > 1 and summaries[0]["pcc"] and rank() == 0:
+    if len(summaries) > 1 and summaries[0].get("pcc") and rank() == 0:
         print_overview(summaries, args)
         if not args.no_plot:
             try:

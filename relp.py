@@ -102,19 +102,40 @@ def coefficients(model, tokens, answers, nodes, metric=logit_diff, lrp=False, re
     return acts, dict(zip(acts, torch.autograd.grad(value, list(acts.values()), materialize_grads=True)))
 
 
+def propagate(
+    model, original: Tensor, patch: Tensor, answers: Tensor, keys, metric=logit_diff, lrp=False, steps=None
+) -> dict[tuple, tuple[Tensor, Tensor, Tensor]]:
+    """{(name, layer): (node(x_original), node(x_patch), rho)} for `keys`, pairs (name, layer).
+
+    Two forward passes and one backward; with `steps`, Integrated Gradients' many (see integrated()).
+    """
+    nodes = {name for name, _ in keys}
+    _, patch_acts = record(model, patch, nodes)
+    if steps is None:
+        acts, rho = coefficients(model, original, answers, nodes, metric, lrp)
+    else:
+        _, acts = record(model, original, nodes)
+        rho = {k: integrated(model, original, answers, k, acts[k], patch_acts[k], metric, steps) for k in keys}
+    return {key: (acts[key].detach(), patch_acts[key], rho[key]) for key in keys}
+
+
 def attribute(
-    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, lrp=False
+    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, lrp=False, steps=None
 ) -> dict[str, Tensor]:
-    """AtP (lrp=False, Eq. 2) or RelP (lrp=True: the paper's rules, or a set of rules; Eq. 3).
+    """AtP (lrp=False, Eq. 2), RelP (lrp=True: the paper's rules, or a set of rules; Eq. 3), or IG (steps=10, say).
 
     original, patch [batch, pos] and answers [batch, 2] are token ids. Returns {node: [batch, layer, pos]}, for the kinds
-    in PARTS_OF [batch, layer, pos, part], in float32 or better and in the metric's unit. Two forward passes, one
-    backward pass, no gradient of any weight.
+    in PARTS_OF [batch, layer, pos, part], in float32 or better and in the metric's unit. AtP and RelP are two forward
+    passes and one backward pass, without a gradient of any weight.
     """
     check(model, original, patch, answers, nodes)
-    _, patch_acts = record(model, patch, nodes)
-    acts, rho = coefficients(model, original, answers, nodes, metric, lrp)
-    score = lambda name, key: dot(difference(acts[key], patch_acts[key]), rho[key], parts=name in PARTS_OF)
+    keys = [(PARTS_OF.get(name, name), layer) for name in nodes for layer in range(model.config.n_layers)]
+    runs = propagate(model, original, patch, answers, keys, metric, lrp, steps)
+
+    def score(name, key):
+        before, after, rho = runs[key]
+        return dot(difference(before, after), rho, parts=name in PARTS_OF)
+
     return by_layer(model, nodes, score)
 
 
@@ -172,28 +193,25 @@ def attribute_features(
 ) -> dict[tuple, Tensor]:
     """The score of every feature and, last, of the error: {(name, layer): [batch, pos, n_features + 1]}.
 
-        score(f_i) = (f_i(x_patch) - f_i(x_original)) (W_dec[i] . rho)
-        score(error) = (error(x_patch) - error(x_original)) . rho
-
-    saes: {(name, layer): models.SAE, or what has its encode, decode and W_dec}. The scores of one node add up to
-    attribute()'s, and cost the same passes. steps: rho of Integrated Gradients instead (see integrated()).
+    saes: {(name, layer): models.SAE, or what has its encode, error and W_dec}. The scores of one node add up to
+    attribute()'s, and cost the same passes.
     """
-    nodes = {name for name, _ in saes}
-    check(model, original, patch, answers, nodes)
-    _, patch_acts = record(model, patch, nodes)
-    if steps is None:
-        acts, rho = coefficients(model, original, answers, nodes, metric, lrp)
-    else:
-        _, acts = record(model, original, nodes)
-        rho = {
-            key: integrated(model, original, answers, key, acts[key], patch_acts[key], metric, steps) for key in saes
-        }
+    check(model, original, patch, answers, {name for name, _ in saes})
+    return divide(propagate(model, original, patch, answers, saes, metric, lrp, steps), saes)
+
+
+def divide(runs: dict, saes: dict) -> dict[tuple, Tensor]:
+    """propagate()'s runs as scores of the units of `saes`, which may be some of the runs' nodes.
+
+    score(f_i) = (f_i(x_patch) - f_i(x_original)) (W_dec[i] . rho)
+    score(error) = (error(x_patch) - error(x_original)) . rho
+    """
     scores = {}
     for key, sae in saes.items():
-        before, after, r = (x.detach().flatten(2) for x in (acts[key], patch_acts[key], rho[key]))
+        before, after, rho = (x.flatten(2) for x in runs[key])
         features = difference(sae.encode(before), sae.encode(after))
         error = difference(sae.error(before), sae.error(after))
-        scores[key] = torch.cat([features * (r @ sae.W_dec.T), dot(error, r).unsqueeze(-1)], dim=-1)
+        scores[key] = torch.cat([features * (rho @ sae.W_dec.T), dot(error, rho).unsqueeze(-1)], dim=-1)
     return scores
 
 
@@ -478,6 +496,15 @@ def pearson(a: Tensor, b: Tensor) -> float:
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
     norm = a.norm() * b.norm()
     return float(a @ b / norm) if norm > 0 else float("nan")
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Pearson correlation of the ranks of two vectors; equal values share the mean of their ranks."""
+    ranks = []
+    for x in (a, b):
+        _, which, count = x.unique(return_inverse=True, return_counts=True)
+        ranks.append((count.cumsum(0) - (count - 1) / 2)[which])
+    return pearson(*ranks)
 
 
 def averaged(scores: Tensor, groups: list[str]) -> Tensor:
