@@ -8,6 +8,7 @@ python evaluate.py --task sva          circuits of SAE features (Section 5.2, Fi
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -31,23 +32,14 @@ import tasks
 TOYS = ["toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2"]
 NODES = ["resid_pre", "attn_out", "mlp_out"]  # residual stream, attention outputs and MLP outputs of Table 5
 PATCHABLE = list(models.SequentialBlock.nodes)
-LABELS = {"ap": "AP", "atp": "AtP", "relp": "RelP", "ig": "IG"}
-TASKS = {  # the options that belong to one task, or differ between them, with their defaults
-    "ioi": {"model": TOYS, "n": 100, "nodes": ",".join(NODES), "methods": "ap,atp,relp", "corruption": "swap"},
-    "sva": {
-        "model": ["toy-neox"],
-        "n": 300,
-        "nodes": None,
-        "methods": "ap,atp,relp,ig",
-        "structures": ",".join(tasks.SVA_STRUCTURES),
-        "held_out": 100,
-        "saes": None,
-        "means": "held-out",
-        "thresholds": "1e-4,1,15",
-        "sum_positions": False,
-        "top": 10,
-    },
+MEASURES = {  # of relp.agreement, shown below the table; all are in summary.json
+    "spearman": "rank correlation",
+    "sign": "right sign",
+    "recall": "AP's top 10",
+    "slope": "slope",
+    "false_negative": "worst miss",
 }
+LABELS = {"ap": "AP", "atp": "AtP", "relp": "RelP", "ig": "IG"}
 SAES = {
     "toy-neox": str(Path(__file__).parent / "toy" / "saes" / "neox"),
     "pythia-70m-deduped": "saprmarks/pythia-70m-deduped-saes",
@@ -77,72 +69,80 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+# name, what it takes (None: it is a switch), help, default ({task: default} where a task has its own, or none)
+OPTIONS = [
+    ("task", "ioi|sva", "indirect objects (Table 5), or circuits of subject-verb agreement (Figure 3)", "ioi"),
+    ("model", "NAME", "short names, Hub repositories, directories; toys: the four shipped; paper: Table 5's", {"ioi": ["toys"], "sva": ["toy-neox"]}),
+    ("prompts", "FILE", "prompt pairs from a JSON-lines file instead of the templates", None),
+    ("n", "N", "prompt pairs (with --prompts: at most that many)", {"ioi": 100, "sva": 300}),
+    ("seed", "N", "of the choice of prompts", 0),
+    ("corruption", "swap|s2", "exchange both names, or the second mention alone", {"ioi": "swap"}),
+    ("metric", "|".join(relp.METRICS), "what is patched for", "logit_diff"),
+    ("nodes", "LIST", f"of {','.join(PATCHABLE)}", {"ioi": ",".join(NODES), "sva": "auto"}),
+    ("methods", "LIST", "of ap,atp,relp,ig", {"ioi": "ap,atp,relp", "sva": "ap,atp,relp,ig"}),
+    ("steps", "N", "of Integrated Gradients", 10),
+    ("rules", "RULES", "paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X", "paper"),
+    ("structures", "LIST", f"of {','.join(tasks.SVA_STRUCTURES)}", {"sva": ",".join(tasks.SVA_STRUCTURES)}),
+    ("held-out", "N", "prompt pairs to judge circuits by", {"sva": 100}),
+    ("saes", "SOURCE", "sparse autoencoders: a directory, zip or Hub repository", {"sva": "auto"}),
+    ("thresholds", "LOW,HIGH,COUNT", "T_N, as shares of the total effect", {"sva": "1e-4,1,15"}),
+    ("means", "held-out|discovery", "the patch prompts whose means units are ablated to", {"sva": "held-out"}),
+    ("sum-positions", None, "score a unit over all positions together", {"sva": False}),
+    ("top", "K", "how many of the strongest units to list", {"sva": 10}),
+    ("device", "DEVICE", "auto, cpu, cuda, cuda:1, ...", "auto"),
+    ("dtype", "|".join(DTYPES), "of weights and activations", "float32"),
+    ("batch-size", "N", "prompts, or patched runs, that go through the model together", "auto"),
+    ("shard", None, "under torchrun: share the weights out over the processes as well", {"ioi": False}),
+    ("out", "DIR", "where the results go", "results"),
+    ("no-bos", None, "put no BOS token in front of the prompts", False),
+    ("no-plot", None, "draw nothing", False),
+]  # fmt: skip
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(
         prog="evaluate.py",
         usage="python evaluate.py [options]",
-        description="Compare AtP and RelP with activation patching on prompt pairs; print the table, draw the maps, save the numbers.",
+        description="Compare AtP and RelP with activation patching: print the tables, draw the figures, save the numbers.",
         epilog="example: python evaluate.py --model gpt2 pythia-70m --n 50 --corruption s2 --rules ln,identity,epsilon=1e-4",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120),
     )
-    p.add_argument("--task", default="ioi", metavar="ioi|sva", help="indirect objects, or subject-verb agreement")
-    p.add_argument(
-        "--model",
-        nargs="+",
-        metavar="NAME",
-        help="short name, Hub repository or directory; 'paper' is the eight of Table 5; default: the toys (sva: toy-neox)",
-    )
-    p.add_argument("--prompts", metavar="FILE", help="prompt pairs from a JSON-lines file instead of the templates")
-    p.add_argument("--n", type=int, help="prompt pairs (with --prompts: at most that many); default: 100 (sva: 300)")
-    p.add_argument("--seed", type=int, default=0, help="of the choice of prompts, and of the intervals' resamples")
-    p.add_argument("--metric", default="logit_diff", metavar="|".join(relp.METRICS), help="what is patched for")
-    p.add_argument(
-        "--nodes", metavar="LIST", help=f"of {', '.join(PATCHABLE)}; default: {','.join(NODES)} (sva: the SAEs')"
-    )
-    p.add_argument("--methods", metavar="LIST", help="of ap,atp,relp,ig; default: ap,atp,relp (sva: all)")
-    p.add_argument("--steps", type=int, default=10, help="of Integrated Gradients")
-    p.add_argument(
-        "--rules", default="paper", metavar="RULES", help="paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X"
-    )
-    p.add_argument(
-        "--corruption", metavar="swap|s2", help="ioi: exchange both names (default), or the second mention alone"
-    )
-    sva = p.add_argument_group("--task sva")
-    sva.add_argument("--structures", metavar="LIST", help=f"of {', '.join(tasks.SVA_STRUCTURES)}; default: all")
-    sva.add_argument("--held-out", type=int, metavar="N", help="prompt pairs to judge the circuits by; default: 100")
-    sva.add_argument("--saes", metavar="SOURCE", help="directory, zip or Hub repository of sparse autoencoders")
-    sva.add_argument("--means", metavar="held-out|discovery", help="the patch prompts to whose means units are ablated")
-    sva.add_argument(
-        "--thresholds", metavar="LOW,HIGH,COUNT", help="T_N, as shares of the total effect; default: 1e-4,1,15"
-    )
-    sva.add_argument("--sum-positions", action="store_true", default=None, help="a unit counts at all positions alike")
-    sva.add_argument("--top", type=int, metavar="K", help="how many of the strongest units to list; default: 10")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    p.add_argument("--dtype", default="float32", metavar="|".join(DTYPES), help="of weights and activations")
-    p.add_argument(
-        "--batch-size", default="auto", metavar="N", help="prompts, or patched runs, that go through the model together"
-    )
-    p.add_argument(
-        "--shard", action="store_true", help="under torchrun: share the weights out over the processes as well"
-    )
-    p.add_argument("--out", default="results", metavar="DIR", help="where the results go")
-    p.add_argument("--no-bos", action="store_true", help="put no BOS token in front of the prompts")
-    p.add_argument("--no-plot", action="store_true", help="draw nothing")
+    for name, takes, text, default in OPTIONS:
+        of_task = default if isinstance(default, dict) else {"": default}
+        shown = [(task, " ".join(value) if isinstance(value, list) else value) for task, value in of_task.items()]
+        shown = [
+            f"{task + ': ' if len(of_task) > 1 else ''}{value}"
+            for task, value in shown
+            if value not in (None, False) or value == 0 and takes
+        ]
+        if "" not in of_task and len(of_task) == 1:
+            text = f"{next(iter(of_task))} only; {text}"
+        kind = (
+            {"action": "store_true"}
+            if takes is None
+            else {"metavar": takes, "type": int if takes in ("N", "K") and name != "batch-size" else str}
+        )
+        kind |= {"nargs": "+"} if name == "model" else {}
+        p.add_argument(f"--{name}", default=None, help=text + (f" [{'; '.join(shown)}]" if shown else ""), **kind)
     args = p.parse_args(argv)
-    choices("task", args.task, TASKS, single=True)
-    for option in dict.fromkeys(name for options in TASKS.values() for name in options):
-        if option not in TASKS[args.task] and getattr(args, option) is not None:
-            raise ValueError(f"--{option.replace('_', '-')} has no meaning with --task {args.task}")
-        if getattr(args, option) is None:
-            setattr(args, option, TASKS[args.task].get(option))
-    args.model = [name for given in args.model for name in (TABLE_5 if given == "paper" else [given])]
+    args.task = choices("task", args.task or "ioi", ("ioi", "sva"), single=True)[0]
+    for name, _, _, default in OPTIONS:
+        key = name.replace("-", "_")
+        if isinstance(default, dict):
+            if args.task not in default and getattr(args, key) is not None:
+                raise ValueError(f"--{name} has no meaning with --task {args.task}")
+            default = default.get(args.task)
+        if getattr(args, key) is None:
+            setattr(args, key, default)
+    several = {"toys": TOYS, "paper": list(TABLE_5)}
+    args.model = [name for given in args.model for name in several.get(given, [given])]
     args.model, taken = list(dict.fromkeys(args.model)), {}
     for name in args.model:
         if taken.setdefault(slug(name), name) != name:
             raise ValueError(
                 f"{taken[slug(name)]} and {name} would write to one folder, {slug(name)}: give them different names, or run them apart"
             )
-    args.nodes = args.nodes and choices("node", args.nodes, PATCHABLE)
+    args.nodes = None if args.nodes == "auto" else choices("node", args.nodes, PATCHABLE)
     args.methods = choices("method", args.methods, LABELS)
     args.rules = parse_rules(args.rules)
     choices("metric", args.metric, relp.METRICS, single=True)
@@ -153,9 +153,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.structures = choices("structure", args.structures, tasks.SVA_STRUCTURES)
         choices("choice of means", args.means, ("held-out", "discovery"), single=True)
         args.thresholds = parse_thresholds(args.thresholds)
-    for option in ("n", "steps", "held_out", "top"):
-        if (getattr(args, option) or 0) < (option in TASKS[args.task] or option == "steps"):
-            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(args, option)}")
+    for name, _, _, default in OPTIONS:
+        value = getattr(args, name.replace("-", "_"))
+        if type(value) is int and name != "seed" and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
     if args.batch_size != "auto" and not re.fullmatch("[1-9][0-9]*", args.batch_size):
         raise ValueError(f"--batch-size must be auto or a positive whole number, got {args.batch_size!r}")
     args.device = join(parse_device(args.device))
@@ -285,6 +286,7 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     scores, differs, values, seconds = score(name, model, pairs, args, folder)
 
+    pcc, differences = correlations(scores, differs, [p.group for p in pairs], args)
     summary = {
         "model": name,
         "prompt_pairs": len(pairs),
@@ -294,7 +296,8 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
             node: {"all": int((~np.isnan(differs[node])).sum()), "unchanged": int((differs[node] == 0).sum())}
             for node in args.nodes
         },
-        "pcc": correlations(scores, differs, [p.group for p in pairs], args),
+        "pcc": pcc,
+        "differences": differences,
         "rules": dataclasses.asdict(model.rules(args.rules)),
         "seconds": seconds,
         **circumstances(args),
@@ -499,19 +502,37 @@ def batch_sizes(given: str, c: models.Config, length: int, device: torch.device)
     )  # on a CPU what stays in the cache is fastest
 
 
-def correlations(scores: dict, differs: dict, groups: list[str], args: argparse.Namespace) -> dict:
-    """{method: {node: relp.pcc with AP, and under "changed_cells" the same without the cells where the runs agree}}"""
+def correlations(scores: dict, differs: dict, groups: list[str], args: argparse.Namespace) -> tuple[dict, dict]:
+    """How well the methods predict AP, each number with the interval that holds 95 % of the bootstrap over prompts.
+
+    {method: {node: {measure: value, ..., "interval": {measure: (low, high), ...}, "changed_cells": {the same without the
+    cells where the two runs agree}}}}, relp.agreement's measures, and {"relp - atp": {node: {measure: (difference, low,
+    high)}}} for each two methods, on the same resamples of the prompts: an interval without 0 says that they differ.
+    """
     if "ap" not in args.methods:
-        return {}
-    result = {}
-    for method in args.methods:
-        for node in args.nodes if method != "ap" else ():
-            pair = torch.tensor(scores[method, node]), torch.tensor(scores["ap", node])
-            result.setdefault(method, {})[node] = {
-                **relp.pcc(*pair, groups),
-                "changed_cells": relp.pcc(*pair, groups, cells=torch.tensor(differs[node]) == 1),
+        return {}, {}
+    methods = [method for method in LABELS if method in args.methods and method != "ap"]
+    weights = torch.cat([torch.ones(1, len(groups)), relp.resamples(groups)])  # the prompts as they are come first
+    told = lambda values: {
+        **{measure: float(value[0]) for measure, value in values.items()},
+        "interval": {measure: relp.interval(value[1:]) for measure, value in values.items()},
+    }
+    result, differences = {method: {} for method in methods}, {}
+    for node in args.nodes:
+        ap, changed, values = torch.tensor(scores["ap", node]), torch.tensor(differs[node]) == 1, {}
+        for method in methods:
+            pair = torch.tensor(scores[method, node]), ap
+            values[method] = relp.agreement(*pair, groups, weights=weights)
+            result[method][node] = {
+                **told(values[method]),
+                "changed_cells": told(relp.agreement(*pair, groups, changed, weights)),
             }
-    return result
+        for one, other in itertools.combinations(methods, 2):
+            gains = {measure: values[other][measure] - value for measure, value in values[one].items()}
+            differences.setdefault(f"{other} - {one}", {})[node] = {
+                measure: (float(gain[0]), *relp.interval(gain[1:])) for measure, gain in gains.items()
+            }
+    return result, differences
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -525,25 +546,30 @@ def print_table(name: str, summary: dict, args: argparse.Namespace) -> None:
     )
     if min(accuracy.values()) < 0.75:
         print("  WARNING: this model does not do the task, so there is no behaviour here for the methods to explain")
-    print(
-        f"  {'PCC with AP' if summary['pcc'] else '':16}"
-        + "".join(f"{node:>12}" for node in args.nodes)
-        + f"{'seconds':>12}"
-    )
+    row = lambda label, cells, end="": print((f"  {label:18}" + "".join(f"{cell:23}" for cell in cells) + end).rstrip())
+    row("PCC with AP" if summary["pcc"] else "", [f" {node}" for node in args.nodes], f"{'seconds':>8}")
     for method in args.methods:
-        cells = [
-            f"{summary['pcc'][method][node]['averaged']:12.3f}" if method in summary["pcc"] else f"{'':12}"
-            for node in args.nodes
-        ]
-        print(f"  {LABELS[method]:16}" + "".join(cells) + f"{summary['seconds'][method]:12.2f}")
+        cells = [""] * len(args.nodes)
+        if method in summary["pcc"]:
+            cells = [short(of["averaged"], *of["interval"]["averaged"]) for of in summary["pcc"][method].values()]
+        row(LABELS[method], cells, f"{summary['seconds'][method]:8.2f}")
+    for pair, of_nodes in summary["differences"].items():
+        label = " - ".join(LABELS[method] for method in pair.split(" - "))
+        row(label, [short(*of["averaged"], sign="+") for of in of_nodes.values()])
     if name in TABLE_5 and not args.prompts:
         for i, label in enumerate(("AtP, paper", "RelP, paper")):
-            print(
-                f"  {label:16}"
-                + "".join(
-                    f"{TABLE_5[name][node][i]:12.3f}" if node in TABLE_5[name] else " " * 12 for node in args.nodes
-                )
-            )
+            row(label, [short(TABLE_5[name][node][i]) if node in TABLE_5[name] else "" for node in args.nodes])
+    if summary["pcc"]:
+        print(f"  further, {' / '.join(LABELS[m] for m in summary['pcc'])}:")
+        for measure, label in MEASURES.items():
+            each = [[short(of[node][measure]).strip() for of in summary["pcc"].values()] for node in args.nodes]
+            row(label, [f" {' / '.join(values)}" for values in each])
+
+
+def short(value: float, *interval: float, sign: str = " ") -> str:
+    """A number and its interval, as in " .932 [.921 .945]"; with sign "+", as in "+.088 [+.077 +.108]"."""
+    text = lambda x, sign: re.sub(r"\b0\.", ".", f"{x:{sign}.3f}")
+    return text(value, sign) + (f" [{' '.join(text(x, sign.strip()) for x in interval)}]" if interval else "")
 
 
 def save(path: Path, write) -> None:
@@ -569,6 +595,8 @@ def without_nan(value):
     """JSON has no NaN: None in its place."""
     if isinstance(value, dict):
         return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -697,7 +725,6 @@ SIZES = (10, 30, 100, 300)  # of the circuits in the table
 GRID = np.geomspace(SIZES[0], SIZES[-1], 30)  # over which faithfulness is averaged, and its mean drawn
 TARGET = 0.8  # the smallest circuit with this faithfulness is drawn
 PER_CELL = 8  # units of one node and position; of more, the strongest are drawn
-RESAMPLES = 1000
 
 
 class Counted:
@@ -729,7 +756,7 @@ def evaluate_circuits(name: str, args: argparse.Namespace) -> dict:
     began = time.perf_counter()
     dtype, device = DTYPES[args.dtype], args.device
     model, tokenizer = models.from_pretrained(name, dtype, device), models.load_tokenizer(name)
-    if not (source := args.saes or SAES.get(name)):
+    if not (source := SAES.get(name) if args.saes == "auto" else args.saes):
         raise ValueError(f"no sparse autoencoders are known for {name}: name some with --saes")
     saes = models.load_saes(source, model, dtype, device, args.nodes)
     identity = lambda n: relp.Neurons(torch.eye(n, dtype=dtype, device=device))
@@ -748,12 +775,10 @@ def evaluate_circuits(name: str, args: argparse.Namespace) -> dict:
 
     found = {}
     for structure, (discovery, held_out) in structures.items():
-        scores, costs = unit_scores(f"{name} {structure}", model, discovery, units, args)
-        found[structure] = judge(structure, model, discovery, held_out, units, scores, args) | {"cost": costs}
-        strongest = strongest_units(
-            model, discovery, held_out, tokenizer, saes, scores["features"], found[structure], args
-        )
-        found[structure]["strongest"] = strongest
+        scores, costs, agreement = unit_scores(f"{name} {structure}", model, discovery, units, args)
+        of = found[structure] = judge(structure, model, discovery, held_out, units, scores, args)
+        of |= {"cost": costs, "agreement": agreement}
+        of["strongest"] = strongest_units(model, held_out, tokenizer, saes, scores["features"], of["roles"], args)
         print_structure(structure, found[structure], args)
         save(
             folder / f"circuit-{structure}.json",
@@ -784,17 +809,19 @@ def tensors(pairs: list[tasks.Pair], device) -> list[torch.Tensor]:
     return [torch.tensor([getattr(p, part) for p in pairs], device=device) for part in ("original", "patch", "answers")]
 
 
-def unit_scores(title: str, model, pairs: list[tasks.Pair], units: dict, args: argparse.Namespace) -> tuple[dict, dict]:
+def unit_scores(
+    title: str, model, pairs: list[tasks.Pair], units: dict, args: argparse.Namespace
+) -> tuple[dict, dict, dict]:
     """Every method's scores of every unit, averaged over the pairs: {kind: {method: {(name, layer): [pos, units]}}}.
 
-    AP's are of features and errors alone. And what the features' scores cost: {method: {"forward", "backward",
-    "seconds"}}, passes for one batch of pairs; an edited run of AP counts as one.
+    AP's are of features and errors alone. Next, what these cost: {method: {"forward", "backward", "seconds"}}, passes for
+    one batch of pairs; an edited run of AP counts as one. Last, how well the methods agree with AP, if that is among them.
     """
-    metric, length = relp.METRICS[args.metric], len(pairs[0].original)
+    metric, length, saes = relp.METRICS[args.metric], len(pairs[0].original), units["features"]
     size, runs = batch_sizes(args.batch_size, model.config, length, args.device)
-    size = max(1, min(size, 2**27 // (length * sum(len(sae.W_dec) for sae in units["features"].values()))))
+    size = max(1, min(size, 2**27 // (length * sum(len(sae.W_dec) for sae in saes.values()))))
     every = list(batches(pairs, size))
-    scores, costs = {kind: {} for kind in units}, {}
+    scores, costs, of_pairs = {kind: {} for kind in units}, {}, {method: {} for method in args.methods}
     with tqdm(
         total=len(every) * len(args.methods), desc=title, leave=False, disable=None, delay=2, bar_format=BAR
     ) as bar:
@@ -803,40 +830,37 @@ def unit_scores(title: str, model, pairs: list[tasks.Pair], units: dict, args: a
             cost = costs[method] = {"forward": 0.0, "backward": 0.0, "seconds": 0.0}
             for rows in every:
                 batch, done = tensors([pairs[i] for i in rows], args.device), bar.n
-                counted, began = Counted(model), time.perf_counter()
+                counted, began, parts = Counted(model), time.perf_counter(), {}
                 if method == "ap":
                     progress = lambda part: bar.update(done + part - bar.n)
-                    features = relp.patch_features(
-                        counted, *batch, units["features"], metric, rows=runs, progress=progress
-                    )
-                    counted.forward += (
-                        counted.read / len(rows) - 1
-                    )  # the read-outs are the unpatched run's and the edited ones'
-                    parts = {"features": features}
+                    parts["features"] = relp.patch_features(counted, *batch, saes, metric, rows=runs, progress=progress)
+                    counted.forward += counted.read / len(rows) - 1  # all read-outs but one are edited runs'
                 else:
-                    options = method_options(method, args)
-                    runs_and_rho = relp.propagate(counted, *batch, units["features"], metric, **options)
-                    parts = {"features": relp.divide(runs_and_rho, units["features"])}
+                    passes = relp.propagate(counted, *batch, saes, metric, **method_options(method, args))
+                    parts["features"] = relp.divide(passes, saes)
                 cost["seconds"] += time.perf_counter() - began
-                for what in ("forward", "backward"):
-                    cost[what] += getattr(counted, what) / len(every)
+                cost["forward"] += counted.forward / len(every)
+                cost["backward"] += counted.backward / len(every)
                 if method != "ap":
-                    parts["neurons"] = relp.divide(runs_and_rho, units["neurons"])
-                    hidden = relp.propagate(model, *batch, units["mlp_neurons"], metric, **options)
-                    parts["mlp_neurons"] = relp.divide(hidden, units["mlp_neurons"])
+                    parts["neurons"] = relp.divide(passes, units["neurons"])
+                    passes = relp.propagate(model, *batch, units["mlp_neurons"], metric, **method_options(method, args))
+                    parts["mlp_neurons"] = relp.divide(passes, units["mlp_neurons"])
                 for kind, values in parts.items():
                     total = scores[kind].setdefault(method, {})
                     for key, value in values.items():
+                        if not value.isfinite().all():
+                            raise ValueError(
+                                f"{title}: scores that are not finite in {args.dtype}; try --dtype float32"
+                            )
                         total[key] = total.get(key, 0) + value.sum(0) / len(pairs)
+                        if kind == "features" and "ap" in args.methods:
+                            of_pairs[method].setdefault(key, []).append(value.cpu())
                 bar.update(done + 1 - bar.n)
-    if not all(
-        v.isfinite().all() for kind in scores.values() for of_method in kind.values() for v in of_method.values()
-    ):
-        raise ValueError(f"{title}: scores that are not finite in {args.dtype}; try --dtype float32")
     if args.sum_positions:
         alike = lambda value: value.sum(0, keepdim=True).expand_as(value)
         scores = {k: {m: {key: alike(v) for key, v in s.items()} for m, s in of.items()} for k, of in scores.items()}
-    return scores, costs
+    of_pairs = {method: {key: torch.cat(v) for key, v in values.items()} for method, values in of_pairs.items()}
+    return scores, costs, agreement_of_units(of_pairs, pairs, args.seed) if "ap" in args.methods else {}
 
 
 def judge(
@@ -903,17 +927,14 @@ def judge(
 
 
 def resamples(pairs: list[tasks.Pair], seed: int) -> torch.Tensor:
-    """Weights [1 + RESAMPLES, n] of the pairs: first all alike, then how often each one is in a resample.
+    """Weights [1 + B, n] of the pairs: first all alike, then how often each one is in a bootstrap resample.
 
     Pairs made of the same two prompts are drawn together: as evidence they are one.
     """
-    names = [frozenset((p.original, p.patch)) for p in pairs]
-    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    drawn = torch.randint(len(number), (RESAMPLES, len(number)), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(RESAMPLES, len(number), dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
-    )
-    return torch.cat([torch.ones(1, len(pairs), dtype=torch.float64), counts[:, [number[name] for name in names]]])
+    families = {}
+    family = [families.setdefault(frozenset((p.original, p.patch)), len(families)) for p in pairs]
+    drawn = relp.resamples([""] * len(families), seed=seed)[:, family]
+    return torch.cat([torch.ones(1, len(pairs), dtype=drawn.dtype), drawn])
 
 
 def curve(found: dict, variant: str, method: str, which: str, weights: torch.Tensor) -> torch.Tensor:
@@ -932,7 +953,7 @@ def at_sizes(values: torch.Tensor, sizes: list[int], wanted) -> torch.Tensor:
 
 def estimate(values: torch.Tensor) -> list[float]:
     """[value, low, high]: the first of `values`, and the 95 % interval of the others."""
-    return [float(values[0]), *values[1:].quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()]
+    return [float(values[0]), *relp.interval(values[1:])]
 
 
 def summarise(found: dict, args: argparse.Namespace) -> dict:
@@ -960,10 +981,9 @@ def summarise(found: dict, args: argparse.Namespace) -> dict:
             if method not in ("ap", "relp") and (name, "relp") in means:
                 of = result["differences"].setdefault(variant, {}).setdefault(f"relp - {method}", {})
                 of[name] = estimate(means[name, "relp"] - values)
-    result["agreement"] = {s: agreement_of_units(f["scores"]) for s, f in found.items()}
     result["structures"] = {
         s: {
-            key: f[key] for key in ("accuracy", "discovery", "total_effect", "thresholds", "cost", "first_layer")
+            key: f[key] for key in ("accuracy", "discovery", "total_effect", "thresholds", "cost", "agreement", "first_layer")
         } | {
             "curves": {
                 variant: {
@@ -982,46 +1002,42 @@ def summarise(found: dict, args: argparse.Namespace) -> dict:
     return result
 
 
-def agreement_of_units(scores: dict) -> dict:
-    """{method: {node or "all": {"pcc", "spearman"}}} with AP's averaged scores, over the units that some method scores."""
-    if "ap" not in scores:
-        return {}
-    nodes = list(dict.fromkeys(name for name, _ in scores["ap"]))
-    result = {}
-    for node in ["all", *nodes]:
-        flat = {
-            m: torch.cat([v.flatten() for (name, _), v in s.items() if node in ("all", name)])
-            for m, s in scores.items()
+def agreement_of_units(scores: dict, pairs: list[tasks.Pair], seed: int) -> dict:
+    """{method: {node or "all": {measure: [value, low, high]}}}: relp.agreement with AP over the units that some method scores.
+
+    scores: {method: {(name, layer): [pair, pos, units]}} of the discovery pairs.
+    """
+    weights, nodes, result = resamples(pairs, seed), dict.fromkeys(name for name, _ in scores["ap"]), {}
+    for node in ("all", *nodes):
+        of_node = {
+            method: torch.cat([v.flatten(1) for (name, _), v in values.items() if node in ("all", name)], dim=1)
+            for method, values in scores.items()
         }
-        there = torch.stack(list(flat.values())).ne(0).any(0)
-        for method in scores:
-            if method != "ap":
-                a, b = flat[method][there], flat["ap"][there]
-                result.setdefault(method, {})[node] = {"pcc": relp.pearson(a, b), "spearman": relp.spearman(a, b)}
+        scored = sum((v != 0).any(0) for v in of_node.values()) > 0
+        for method in scores.keys() - {"ap"}:
+            pair = of_node[method][:, scored], of_node["ap"][:, scored]
+            measures = relp.agreement(*pair, [""] * len(pairs), weights=weights)
+            result.setdefault(method, {})[node] = {name: estimate(values) for name, values in measures.items()}
     return result
 
 
 # Reading a circuit
 
 
-def strongest_units(model, discovery, held_out, tokenizer, saes, scores, found, args: argparse.Namespace) -> list[dict]:
+def strongest_units(
+    model, held_out: list[tasks.Pair], tokenizer, saes: dict, scores: dict, roles: list[str], args: argparse.Namespace
+) -> list[dict]:
     """The --top K units of the main method: where they are, what each method scores, and the prompts on which they fire most."""
-    main, bos = main_method(scores), held_out[0].roles[0] == "BOS"
+    skip = held_out[0].roles[0] == "BOS"
     tokens = torch.cat(tensors(held_out, args.device)[:2]).unique(dim=0)
     _, acts = relp.record(model, tokens, {name for name, _ in saes})
     listed = []
-    for key, pos, i in ranked(scores[main])[: args.top]:
+    for key, pos, i in ranked(scores[main_method(scores)])[: args.top]:
         sae, x = saes[key], acts[key].flatten(2)[:, pos]
         fires = sae.encode(x)[:, i] if i < len(sae.W_dec) else sae.error(x).norm(dim=-1)
-        most = fires.topk(min(3, len(fires)))
-        listed.append(
-            describe(key, pos, i, len(sae.W_dec), found, scores)
-            | {
-                "fires_most_on": [
-                    [tokenizer.decode(tokens[j, bos:].tolist()), float(v)] for v, j in zip(*most) if v > 0
-                ]
-            }
-        )
+        most = [(float(v), tokens[j, skip:].tolist()) for v, j in zip(*fires.topk(min(3, len(fires)))) if v > 0]
+        unit = describe(key, pos, i, scores, roles)
+        listed.append(unit | {"fires_most_on": [[tokenizer.decode(ids), value] for value, ids in most]})
     return listed
 
 
@@ -1036,13 +1052,14 @@ def ranked(scores: dict) -> list[tuple]:
     return [units[i] for i in strength.argsort(descending=True, stable=True).tolist()]
 
 
-def describe(key: tuple, pos: int, i: int, n_features: int, found: dict, scores: dict) -> dict:
+def describe(key: tuple, pos: int, i: int, scores: dict, roles: list[str]) -> dict:
+    last = next(iter(scores.values()))[key].shape[1] - 1
     return {
         "layer": key[1],
         "node": key[0],
-        "unit": i if i < n_features else "error",
+        "unit": "error" if i == last else i,
         "position": pos,
-        "role": found["roles"][pos],
+        "role": roles[pos],
         "scores": {method: float(of_method[key][pos, i]) for method, of_method in scores.items()},
     }
 
@@ -1088,7 +1105,7 @@ def circuit_json(structure: str, found: dict) -> dict:
         },
         "drawn": {key: chosen[key] for key in ("method", "threshold", "size", "faithfulness")},
         "strongest": found["strongest"],
-        "nodes": [describe(key, pos, i, main[key].shape[1] - 1, found, scores) for key, pos, i in shown],
+        "nodes": [describe(*unit, scores, found["roles"]) for unit in shown],
     }
 
 
@@ -1113,17 +1130,17 @@ def print_structure(structure: str, found: dict, args: argparse.Namespace) -> No
 
 
 def print_circuits(summary: dict, args: argparse.Namespace) -> None:
-    structures = summary["structures"]
+    structures = list(summary["structures"].values())
     average = lambda values: sum(values) / len(structures)
-    print(f"\n  {'':26}{'forward':>10}{'backward':>10}{'seconds':>10}{'PCC, AP':>10}{'Spearman':>10}")
+    print(
+        f"\n  {'mean of the structures':26}{'forward':>10}{'backward':>10}{'seconds':>10}{'PCC, AP':>10}{'Spearman':>10}{'slope':>10}"
+    )
     for method in args.methods:
-        costs = [
-            average(s["cost"][method][what] for s in structures.values()) for what in ("forward", "backward", "seconds")
-        ]
+        costs = [average(s["cost"][method][what] for s in structures) for what in ("forward", "backward", "seconds")]
         line = f"  {LABELS[method]:26}" + "{:10.0f}{:10.0f}{:10.2f}".format(*costs)
         if method != "ap" and "ap" in args.methods:
-            of = [agreement[method]["all"] for agreement in summary["agreement"].values()]
-            line += f"{average(x['pcc'] for x in of):10.3f}{average(x['spearman'] for x in of):10.3f}"
+            for measure in ("averaged", "spearman", "slope"):
+                line += f"{average(s['agreement'][method]['all'][measure][0] for s in structures):10.3f}"
         print(line)
     columns = "".join(f"{n:>6}" for n in SIZES)
     print(f"\n  {'':34}{'faithfulness':>24}{'':23} |{'completeness':>24}")

@@ -878,7 +878,7 @@ class SAE:
     centred: bool = True
 
     def encode(self, x: Tensor) -> Tensor:
-        pre = (x - self.b_dec if self.centred else x) @ self.W_enc + self.b_enc
+        pre = F.linear(x - self.b_dec if self.centred else x, self.W_enc.T, self.b_enc)
         return pre.relu() if self.threshold is None else pre.relu() * (pre > self.threshold)
 
     def decode(self, f: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ metric(patched) - metric(original). So a node that carries the original answer h
 The model is models.Transformer, or anything with its methods stream, block and unembed. Only torch is imported.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -208,10 +209,13 @@ def divide(runs: dict, saes: dict) -> dict[tuple, Tensor]:
     """
     scores = {}
     for key, sae in saes.items():
-        before, after, rho = (x.flatten(2) for x in runs[key])
-        features = difference(sae.encode(before), sae.encode(after))
-        error = difference(sae.error(before), sae.error(after))
-        scores[key] = torch.cat([features * (rho @ sae.W_dec.T), dot(error, rho).unsqueeze(-1)], dim=-1)
+        where = changed(*runs[key][:2])  # elsewhere all scores are 0
+        before, after, rho = (x.flatten(2)[where] for x in runs[key])
+        features = difference(sae.encode(before), sae.encode(after)) * (rho @ sae.W_dec.T)
+        error = (difference(before, after) * rho).sum(-1) - features.sum(-1)  # what is left of the node's score
+        of_units = torch.cat([features, error.unsqueeze(-1)], dim=-1)
+        scores[key] = of_units.new_zeros(*where.shape, of_units.shape[-1])
+        scores[key][where] = of_units
     return scores
 
 
@@ -487,51 +491,136 @@ def faithfulness(circuit: Tensor, full: Tensor, empty: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# How well a method predicts AP. Scores of all prompts are [prompt, layer, pos], NaN beyond a prompt's length; groups
-# names for each prompt the group (template) whose positions mean the same.
+# How well a method predicts AP. Scores of all prompts are [prompt, layer, pos], maybe with parts behind, NaN beyond a
+# prompt's length; groups names for each prompt the group (template) whose positions mean the same.
+#
+# Every measure is a function of how often each prompt counts, weights [B, prompt]: once each for the number itself, as
+# often as it was drawn for a bootstrap resample. The same weights for two methods make their difference a paired one.
+
+
+def resamples(groups: list[str], B: int = 1000, seed: int = 0) -> Tensor:
+    """The weights [B, prompt] of B bootstrap resamples of the prompts: how often each was drawn.
+
+    As many prompts as there are, with replacement, within each group (stratified: the design fixes how many a template
+    has). Groups of a single prompt are one stratum, since alone they could not vary; a resample leaves the cells of an
+    absent group out. One prompt in all says nothing about the spread: its weights are 0, and every measure is NaN.
+    """
+    generator, weights = torch.Generator().manual_seed(seed), torch.zeros(B, len(groups), dtype=torch.float64)
+    strata = [g if groups.count(g) > 1 else None for g in groups]
+    for stratum in dict.fromkeys(strata if len(groups) > 1 else ()):
+        rows = torch.tensor([i for i, other in enumerate(strata) if other == stratum])
+        drawn = rows[torch.randint(len(rows), (B, len(rows)), generator=generator)]
+        weights.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+    return weights
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """The 2.5th and 97.5th percentile of a measure's, or of a difference's, values [B] over the resamples.
+
+    Undefined resamples (NaN) are left out. Where they are more than a twentieth, the interval is undefined too.
+    """
+    if values.isnan().double().mean() > 0.05:
+        return math.nan, math.nan
+    return tuple(values.nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist())
+
+
+def agreement(
+    scores: Tensor,
+    ap: Tensor,
+    groups: list[str],
+    cells: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """How well a method's scores s predict AP's a, as {measure: [B]}; B is 1 without weights. All in float64.
+
+    Three Pearson correlations (PCC; Section 5.1 of the paper leaves open which); NaN where one side is constant:
+
+    averaged         of the averaged maps: per group the mean over its prompts (as in Figure 2), groups concatenated
+    pooled           over all cells of all prompts at once
+    per_prompt       the mean over prompts of each prompt's own; per_prompt_std is their spread over prompts
+
+    The others are of the averaged maps, as `averaged` is. In parentheses what a perfect method has:
+
+    spearman         PCC of the cells' ranks, equal values sharing their mean rank: is the order right? (1)
+    sign             of the cells that matter, |a| >= 10 % of the largest |a|, the share where s has a's sign (1)
+    recall           of AP's top 10 cells by |a|, the share in the method's top 10 by |s|; see `top` for ties (1)
+    slope            sum(a s) / sum(a a), the least-squares line through 0: is the size right, or only the shape? (1)
+    false_negative   the largest |a| where the method says zero, |s| <= 1 % of the largest |s|, as a share of the
+                     largest |a| (0)
+
+    cells, shaped like the scores and bool, leaves out those where it is False (averaged maps: in all prompts drawn).
+    """
+    weights = (torch.ones(1, len(ap)) if weights is None else weights).double()
+    padding = ap.flatten(1).isnan()
+    there = ~padding if cells is None else ~padding & cells.flatten(1)
+    s, a = (x.double().flatten(1).masked_fill(padding, 0) for x in (scores, ap))
+    rows = [[i for i, other in enumerate(groups) if other == g] for g in dict.fromkeys(groups)]
+
+    def of_averages(w: Tensor) -> dict[str, Tensor]:
+        total = lambda x: torch.cat([w[:, r] @ x[r].double() for r in rows], dim=1)  # [B, cells of all groups]
+        keep, drawn = (total(there) > 0) & (total(padding) == 0), total(~padding)
+        return of_maps(total(s) / drawn, total(a) / drawn, keep)
+
+    parts = [of_averages(w) for w in weights.split(max(1, 2**22 // (len(rows) * s.shape[1])))]  # 32 MB a map
+    sums = moments(s, a, there)
+    each = correlation(sums)
+    w = weights * ~each.isnan()
+    mean, square = (w @ x.nan_to_num() / w.sum(1) for x in (each, each * each))
+    return {
+        **{name: torch.cat([part[name] for part in parts]) for name in parts[0]},
+        "pooled": correlation(weights @ sums),
+        "per_prompt": mean,
+        "per_prompt_std": (square - mean * mean).clamp(min=0).sqrt(),
+    }
+
+
+def of_maps(s: Tensor, a: Tensor, keep: Tensor, k: int = 10) -> dict[str, Tensor]:
+    """The measures of the averaged maps s and a [B, cell], over the cells in keep; `agreement` defines them."""
+    pcc = correlation(moments(s, a, keep))
+    order = (ranks(x.masked_fill(~keep, math.inf)) for x in (s, a))  # what is left out comes last: no rank changes
+    spearman = correlation(moments(*order, keep)).where(~pcc.isnan(), torch.nan)  # a constant's order is rounding
+    s, a = s.masked_fill(~keep, 0), a.masked_fill(~keep, 0)
+    most_s, most_a = (x.abs().amax(1, keepdim=True) for x in (s, a))
+    share = lambda part, whole: (part & whole).double().sum(1) / whole.double().sum(1)
+    return {
+        "averaged": pcc,
+        "spearman": spearman,
+        "sign": share(s.sign() == a.sign(), (a.abs() >= 0.1 * most_a) & (a != 0)),
+        "recall": share(top(s.abs(), k), top(a.abs(), k)),
+        "slope": (a * s).sum(1) / (a * a).sum(1),
+        "false_negative": a.abs().masked_fill(s.abs() > 0.01 * most_s, 0).amax(1) / most_a[:, 0],
+    }
+
+
+def top(size: Tensor, k: int) -> Tensor:
+    """Which cells of each row are among the k largest. Zeros never are, nor are ties for which there is no room."""
+    return size > (size.topk(k + 1).values[:, -1:] if k < size.shape[1] else 0)
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Each value's rank in its row, from 1; equal values share the mean of their ranks."""
+    ordered, at = x.sort()
+    i, new = torch.arange(x.shape[1]), torch.ones_like(x, dtype=torch.bool)  # new: not the value in front of it again
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    first = torch.where(new, i, 0).cummax(1).values  # of the run of equal values that a value belongs to
+    last = torch.where(new.roll(-1, 1), i, x.shape[1]).flip(1).cummin(1).values.flip(1)
+    return torch.empty_like(x).scatter(1, at, (first + last).to(x.dtype) / 2 + 1)
+
+
+def moments(a: Tensor, b: Tensor, there: Tensor) -> Tensor:
+    """What a correlation is made of: sums over the last axis, where there is True. Those of several prompts add up."""
+    a, b = a.masked_fill(~there, 0), b.masked_fill(~there, 0)
+    return torch.stack([x.sum(-1) for x in (there.double(), a, b, a * a, b * b, a * b)], dim=-1)
+
+
+def correlation(sums: Tensor) -> Tensor:
+    """Pearson correlation from moments [..., 6]; NaN where one side is constant (to the rounding of the sums)."""
+    n, a, b, aa, bb, ab = sums.unbind(-1)
+    var_a, var_b = aa - a * a / n, bb - b * b / n
+    varies = (var_a > 1e-12 * aa) & (var_b > 1e-12 * bb)
+    return torch.where(varies, (ab - a * b / n) / (var_a.sqrt() * var_b.sqrt()), torch.nan)
 
 
 def pearson(a: Tensor, b: Tensor) -> float:
     """Pearson correlation of two vectors, in float64; NaN where one of them is constant."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    norm = a.norm() * b.norm()
-    return float(a @ b / norm) if norm > 0 else float("nan")
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Pearson correlation of the ranks of two vectors; equal values share the mean of their ranks."""
-    ranks = []
-    for x in (a, b):
-        _, which, count = x.unique(return_inverse=True, return_counts=True)
-        ranks.append((count.cumsum(0) - (count - 1) / 2)[which])
-    return pearson(*ranks)
-
-
-def averaged(scores: Tensor, groups: list[str]) -> Tensor:
-    """Each group's mean map over its prompts, flattened, one group behind the other (the maps that Figure 2 shows)."""
-    rows = {g: [i for i, other in enumerate(groups) if other == g] for g in dict.fromkeys(groups)}
-    maps = torch.cat([scores[i].double().mean(0).flatten() for i in rows.values()])
-    return maps[~maps.isnan()]
-
-
-def pcc(scores: Tensor, ap: Tensor, groups: list[str], cells: Tensor | None = None) -> dict[str, float]:
-    """Pearson correlation of a method's scores with AP's, three ways. Section 5.1 of the paper leaves the way open.
-
-    averaged         of the prompt-averaged maps: per group, the groups' maps concatenated
-    pooled           over all cells of all prompts at once
-    per_prompt       the mean over prompts of each prompt's own correlation; per_prompt_std is their spread
-
-    cells, [prompt, layer, pos] bool, leaves out those where it is False (averaged: False in the whole group).
-    """
-    if cells is None:
-        cells = torch.ones_like(ap, dtype=torch.bool)
-    keep = averaged(torch.where(ap.isnan(), torch.nan, cells.double()), groups) > 0
-    there = ~ap.isnan() & cells
-    each = torch.tensor([pearson(s[t], a[t]) for s, a, t in zip(scores, ap, there) if t.any()], dtype=torch.float64)
-    each = each[~each.isnan()]
-    return {
-        "averaged": pearson(averaged(scores, groups)[keep], averaged(ap, groups)[keep]),
-        "pooled": pearson(scores[there], ap[there]),
-        "per_prompt": float(each.mean()),
-        "per_prompt_std": float((each - each.mean()).square().mean().sqrt()),
-    }
+    return float(correlation(moments(a.double(), b.double(), torch.ones_like(a, dtype=torch.bool))))

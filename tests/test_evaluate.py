@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from test_hub import client
 
 import evaluate
 import models
+import relp
 import tasks
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +128,7 @@ def pearson(a, b):
 
 
 def pcc_by_hand(a, b, groups, keep):
-    """The four numbers as relp.pcc's docstring defines them, from padded arrays [n, layers, positions], over the cells in `keep`."""
+    """The four numbers of a PCC as relp.agreement's docstring defines them, from padded arrays [n, layers, positions], over the cells in `keep`."""
     maps = []
     for group in dict.fromkeys(groups):
         rows = np.array([g == group for g in groups])
@@ -139,6 +141,12 @@ def pcc_by_hand(a, b, groups, keep):
         "per_prompt": np.nanmean(each),
         "per_prompt_std": np.nanstd(each),
     }
+
+
+MEASURES = {
+    *("averaged", "pooled", "per_prompt", "per_prompt_std"),
+    *("spearman", "sign", "recall", "slope", "false_negative"),
+}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
@@ -201,10 +209,19 @@ def test_files_hold_what_they_say(name, source, tiny, results, tmp_path):
         for method in ("ap", "atp", "relp"):
             assert (scores[f"{method}_{node}"][~padding & ~changed] == 0).all()
         for method in ("atp", "relp"):
-            got = dict(summary["pcc"][method][node])
-            arrays = scores[f"{method}_{node}"].astype(float), scores[f"ap_{node}"].astype(float)
-            assert got.pop("changed_cells") == pytest.approx(pcc_by_hand(*arrays, groups, changed), abs=1e-5)
-            assert got == pytest.approx(pcc_by_hand(*arrays, groups, ~padding), abs=1e-5)
+            got = summary["pcc"][method][node]
+            arrays = [scores[f"{m}_{node}"].astype(float) for m in (method, "ap")]
+            for part, keep in ((got, ~padding), (got["changed_cells"], changed)):
+                by_hand = pcc_by_hand(*arrays, groups, keep)
+                assert {measure: part[measure] for measure in by_hand} == pytest.approx(by_hand, abs=1e-5)
+                assert part["interval"].keys() == part.keys() - {"interval", "changed_cells"} == MEASURES
+            maps = relp.agreement(*map(torch.tensor, arrays), groups, weights=relp.resamples(groups))
+            for measure, values in maps.items():
+                assert got["interval"][measure] == pytest.approx(relp.interval(values), abs=1e-9)
+        of_node = {method: summary["pcc"][method][node] for method in ("atp", "relp")}
+        assert summary["differences"].keys() == {"relp - atp"}
+        for measure, (value, low, high) in summary["differences"]["relp - atp"][node].items():
+            assert value == of_node["relp"][measure] - of_node["atp"][measure] and low <= high
 
 
 def test_summary_says_how_it_was_made(tiny, results):
@@ -254,12 +271,19 @@ def test_figures(tiny, run, tmp_path):
 def test_table_shows_the_numbers_of_the_summary(tiny, run, tmp_path):
     code, out, _ = run("--model", tiny["gpt2"], "--n", 5, "--no-plot")
     summary = json.loads((tmp_path / "out" / "gpt2-ioi" / "summary.json").read_text())
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
-    assert rows["PCC"][2:] == [*NODES, "seconds"]
+    rows = {line[:20].strip(): line[20:] for line in out.splitlines()}
+    numbers = lambda label: [float(x) for x in re.findall(r"[-+]?\d*\.\d+", rows[label])]
+    assert rows["PCC with AP"].split() == [*NODES, "seconds"]
     for method, label in (("atp", "AtP"), ("relp", "RelP")):
-        assert [float(x) for x in rows[label][:3]] == pytest.approx(
-            [summary["pcc"][method][node]["averaged"] for node in NODES], abs=6e-4
-        )
+        of_nodes = summary["pcc"][method].values()
+        shown = [x for of in of_nodes for x in (of["averaged"], *of["interval"]["averaged"])]
+        assert numbers(label)[:9] == pytest.approx(shown, abs=6e-4)
+    shown = [x for of in summary["differences"]["relp - atp"].values() for x in of["averaged"]]
+    assert numbers("RelP - AtP") == pytest.approx(shown, abs=6e-4)
+    for label, measure in (("rank correlation", "spearman"), ("slope", "slope"), ("worst miss", "false_negative")):
+        shown = [summary["pcc"][method][node][measure] for node in NODES for method in ("atp", "relp")]
+        assert numbers(label) == pytest.approx(shown, abs=6e-4)
+    assert max(len(line) for line in out.splitlines() if line[:20].strip() in rows and "[" in line) <= 120
     assert "WARNING" in out  # a random model does not do the task
 
 
@@ -392,18 +416,17 @@ def test_help_is_one_screen():
     assert run.returncode == 0 and run.stderr == "" and len(lines) <= 45 and "example: python evaluate.py" in run.stdout
     text = " ".join(run.stdout.split())
     for default in (
-        "toy-gpt2",
-        "100",
-        "swap",
-        "logit_diff",
-        "resid_pre,attn_out,mlp_out",
-        "ap,atp,relp",
-        "paper",
-        "auto",
-        "float32",
-        "results",
+        "[ioi: toys; sva: toy-neox]",
+        "[ioi: 100; sva: 300]",
+        "[swap]",
+        "[logit_diff]",
+        "[ioi: resid_pre,attn_out,mlp_out; sva: auto]",
+        "[paper]",
+        "[auto]",
+        "[float32]",
+        "[results]",
     ):
-        assert f"(default: {default}" in text or f"default: ['{default}'" in text, default
+        assert default in text, default
 
 
 def test_a_process_writes_nothing_but_its_tables(tiny, tmp_path):
@@ -453,7 +476,7 @@ def refused(run, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--nodes", "resid_pre,resid_mud"], ["node", "resid_mud", "resid_mid"]),
     (["--nodes", ""], ["node", "''"]),
-    (["--nodes", "k"], ["node", "'k'"]),
+    (["--nodes", "mlp"], ["node", "'mlp'"]),
     (["--methods", "ap,lime"], ["method", "lime", "relp"]),
     (["--rules", "ln,magic"], ["rule", "magic", "identity"]),
     (["--rules", "epsilon"], ["epsilon", "number"]),
@@ -475,7 +498,7 @@ def refused(run, tmp_path):
     (["--seed", "1.5"], ["--seed", "1.5"]),
     (["--batch-size", "0"], ["--batch-size", "0"]),
     (["--batch-size", "many"], ["--batch-size", "many"]),
-    (["--task", "sums"], ["--task", "sums", "ioi"]),
+    (["--task", "sums"], ["task", "sums", "ioi", "sva"]),
     (["--prompts", "no-such-file.jsonl"], ["no-such-file.jsonl"]),
     (["--prompts", "."], ["directory"]),
     (["--frobnicate"], ["--frobnicate"]),

@@ -315,36 +315,3 @@ def test_bad_input_is_named(what, change, checkpoint, pair):
         relp.attribute(model, *change(*pair), ("resid_pre",))
     with pytest.raises(ValueError, match="unknown node 'resid'"):
         relp.attribute(model, *pair, ("resid",))
-
-
-def test_pcc_by_hand():
-    """Two templates of different length, three prompts; numpy's corrcoef does the sums."""
-    import numpy as np
-
-    g = torch.Generator().manual_seed(0)
-    ap, scores = torch.randn(2, 3, 2, 4, generator=g, dtype=torch.float64)
-    ap[2, :, 3:], scores[2, :, 3:] = torch.nan, torch.nan  # the third prompt has three positions
-    cells = torch.ones_like(ap, dtype=torch.bool)
-    cells[:, :, 0] = False  # nothing differs at position 0 ...
-    cells[0, :, 0] = True  # ... but in the first prompt
-    groups = ["long", "long", "short"]
-    corr = lambda x, y: np.corrcoef(x, y)[0, 1]
-
-    got = relp.pcc(scores, ap, groups)
-    flat = lambda s: np.concatenate([s[:2].mean(0).flatten(), s[2, :, :3].flatten()])
-    assert got["averaged"] == pytest.approx(corr(flat(scores), flat(ap)))
-    every = lambda s: np.concatenate([s[0].flatten(), s[1].flatten(), s[2, :, :3].flatten()])
-    assert got["pooled"] == pytest.approx(corr(every(scores), every(ap)))
-    each = [corr(scores[i].flatten(), ap[i].flatten()) for i in (0, 1)] + [
-        corr(scores[2, :, :3].flatten(), ap[2, :, :3].flatten())
-    ]
-    assert got["per_prompt"] == pytest.approx(np.mean(each)) and got["per_prompt_std"] == pytest.approx(np.std(each))
-
-    got = relp.pcc(scores, ap, groups, cells)
-    flat = lambda s: np.concatenate(
-        [s[:2].mean(0).flatten(), s[2, :, 1:3].flatten()]
-    )  # "long" keeps position 0: it differs in one prompt
-    assert got["averaged"] == pytest.approx(corr(flat(scores), flat(ap)))
-    every = lambda s: np.concatenate([s[0].flatten(), s[1, :, 1:].flatten(), s[2, :, 1:3].flatten()])
-    assert got["pooled"] == pytest.approx(corr(every(scores), every(ap)))
-    assert np.isnan(relp.pcc(scores * 0, ap, groups)["averaged"])
