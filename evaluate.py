@@ -31,7 +31,7 @@ import tasks
 
 TOYS = ["toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2"]
 NODES = ["resid_pre", "attn_out", "mlp_out"]  # residual stream, attention outputs and MLP outputs of Table 5
-PATCHABLE = list(models.SequentialBlock.nodes)
+PATCHABLE = [*models.SequentialBlock.nodes, *relp.PARTS_OF]
 MEASURES = {  # of relp.agreement, shown below the table; all are in summary.json
     "spearman": "rank correlation",
     "sign": "right sign",
@@ -79,9 +79,11 @@ OPTIONS = [
     ("corruption", "swap|s2", "exchange both names, or the second mention alone", {"ioi": "swap"}),
     ("metric", "|".join(relp.METRICS), "what is patched for", "logit_diff"),
     ("nodes", "LIST", f"of {','.join(PATCHABLE)}", {"ioi": ",".join(NODES), "sva": "auto"}),
-    ("methods", "LIST", "of ap,atp,relp,ig", {"ioi": "ap,atp,relp", "sva": "ap,atp,relp,ig"}),
+    ("methods", "LIST", "of ap,atp,relp,ig and sets of rules, such as ln+ah", {"ioi": "ap,atp,relp", "sva": "ap,atp,relp,ig"}),
     ("steps", "N", "of Integrated Gradients", 10),
     ("rules", "RULES", "paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X", "paper"),
+    ("grid", None, "every subset of the rules, and how well each predicts AP", {"ioi": False}),
+    ("verify", "K", "AP of the K nodes alone that the best method ranks highest", {"ioi": None}),
     ("structures", "LIST", f"of {','.join(tasks.SVA_STRUCTURES)}", {"sva": ",".join(tasks.SVA_STRUCTURES)}),
     ("held-out", "N", "prompt pairs to judge circuits by", {"sva": 100}),
     ("saes", "SOURCE", "sparse autoencoders: a directory, zip or Hub repository", {"sva": "auto"}),
@@ -143,10 +145,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 f"{taken[slug(name)]} and {name} would write to one folder, {slug(name)}: give them different names, or run them apart"
             )
     args.nodes = None if args.nodes == "auto" else choices("node", args.nodes, PATCHABLE)
-    args.methods = choices("method", args.methods, LABELS)
+    args.methods = list(dict.fromkeys(args.methods.split(",")))
+    for method in args.methods:
+        try:
+            method in LABELS or parse_rules(method.replace("+", ","))
+        except ValueError:
+            raise ValueError(
+                f"unknown method {method!r}: choose from {', '.join(LABELS)}, or rules joined by +, such as ln+ah"
+            ) from None
     args.rules = parse_rules(args.rules)
     choices("metric", args.metric, relp.METRICS, single=True)
     choices("dtype", args.dtype, DTYPES, single=True)
+    if args.verify:
+        args.methods = [method for method in args.methods if method != "ap"]
+    if args.grid:
+        args.methods = list(dict.fromkeys(["ap", "atp", "relp", *args.methods]))
+    if args.grid and args.verify:
+        raise ValueError("--grid needs AP of all nodes, --verify spares it: choose one")
     if args.task == "ioi":
         choices("corruption", args.corruption, tasks.CORRUPTIONS, single=True)
     else:
@@ -274,24 +289,25 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
     """Run the methods on one model, print its table, write its files. Returns what went into summary.json."""
     began = time.perf_counter()
     model = models.from_pretrained(name, DTYPES[args.dtype], args.device, args.shard)
-    if absent := [node for node in args.nodes if node not in model.nodes]:
-        raise ValueError(
-            f"{name} has no node {absent[0]!r}: choose from {', '.join(n for n in PATCHABLE if n in model.nodes)}"
-        )
+    there = [node for node in PATCHABLE if relp.PARTS_OF.get(node, node) in model.nodes]
+    if absent := [node for node in args.nodes if node not in there]:
+        raise ValueError(f"{name} has no node {absent[0]!r}: choose from {', '.join(there)}")
     pairs = prompt_pairs(name, model, args)
     say(
         f"\n{name}: {model.config.n_layers} layers, {len(pairs)} prompt pairs, {args.dtype} on {args.device}, ready after {time.perf_counter() - began:.1f} s"
     )
     folder = Path(args.out) / f"{slug(name)}-{slug(Path(args.prompts).stem) if args.prompts else args.task}"
     folder.mkdir(parents=True, exist_ok=True)
-    scores, differs, values, seconds = score(name, model, pairs, args, folder)
-
-    pcc, differences = correlations(scores, differs, [p.group for p in pairs], args)
+    scores, differs, values, seconds = score(name, model, pairs, args, folder, args.methods)
+    groups = [p.group for p in pairs]
+    pcc, differences = correlations(scores, differs, groups, args)
+    counts = torch.cat([torch.ones(1, len(pairs)), relp.resamples(groups, seed=args.seed)])
+    mean = lambda x: estimate((counts @ torch.tensor(x).double()) / len(pairs))
     summary = {
         "model": name,
         "prompt_pairs": len(pairs),
-        "accuracy": {"original": float((values[:, 0] > 0).mean()), "patch": float((values[:, 1] < 0).mean())},
-        args.metric: {"original": float(values[:, 0].mean()), "patch": float(values[:, 1].mean())},
+        "accuracy": {"original": mean(values[:, 0] > 0), "patch": mean(values[:, 1] < 0)},
+        args.metric: {"original": mean(values[:, 0]), "patch": mean(values[:, 1])},
         "cells": {
             node: {"all": int((~np.isnan(differs[node])).sum()), "unchanged": int((differs[node] == 0).sum())}
             for node in args.nodes
@@ -304,11 +320,19 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
     }
     if rank() == 0:
         arrays = {f"{method}_{node}": value for (method, node), value in scores.items()}
-        save(folder / "scores.npz", lambda file: np.savez_compressed(file, **arrays, **prompt_arrays(pairs)))
+        save(
+            folder / "scores.npz",
+            lambda file: np.savez_compressed(file, **arrays, values=values, **prompt_arrays(pairs)),
+        )
         save(folder / "summary.json", lambda file: file.write(json.dumps(without_nan(summary), indent=1).encode()))
         if not args.no_plot:
             save(folder / "heatmaps.png", lambda file: draw_heatmaps(file, name, scores, pairs, args))
         print_table(name, summary, args)
+    if args.grid:
+        grid(name, model, pairs, scores, args, folder)
+    if args.verify:
+        verify(name, model, pairs, scores, args, folder)
+    if rank() == 0:
         print(f"  written to {folder}/")
     for file in folder.glob(f"unfinished-{rank()}-*.npz"):
         file.unlink()
@@ -323,9 +347,14 @@ def circumstances(args: argparse.Namespace) -> dict:
     }
 
 
+def label_of(method: str) -> str:
+    return LABELS.get(method, method)
+
+
 def method_options(method: str, args: argparse.Namespace) -> dict:
     """What relp's functions are told so that they follow this method."""
-    return {"atp": {}, "relp": {"lrp": args.rules}, "ig": {"steps": args.steps}}[method]
+    known = {"atp": {}, "relp": {"lrp": args.rules}, "ig": {"steps": args.steps}}
+    return known[method] if method in known else {"lrp": parse_rules(method.replace("+", ","))}
 
 
 def prompt_pairs(name: str, model, args: argparse.Namespace) -> list[tasks.Pair]:
@@ -343,54 +372,44 @@ def prompt_pairs(name: str, model, args: argparse.Namespace) -> list[tasks.Pair]
 
 
 def score(
-    name: str, model, pairs: list[tasks.Pair], args: argparse.Namespace, folder: Path
+    name: str, model, pairs: list[tasks.Pair], args: argparse.Namespace, folder: Path, methods: list[str], cells=None
 ) -> tuple[dict, dict, np.ndarray, dict]:
-    """Every method on every pair, batch by batch; each process takes its share of a batch.
+    """The methods on every pair, batch by batch; each process takes its share of a batch.
 
-    Returns {(method, node): [n, layers, positions]} with NaN beyond a prompt's length, {node: the same, 1 where the two
-    runs differ and 0 elsewhere}, the metric of both runs [n, 2], and {method: seconds}.
+    Returns {(method, node): [n, layers, positions, ...]} with NaN beyond a prompt's length, {node: the same, 1 where the
+    two runs differ and 0 elsewhere}, the metric of both runs [n, 2], and {method: seconds}. cells, {node: bool [n, layers,
+    positions, ...]}: those that AP patches, 0 elsewhere; without it all.
     """
     metric, longest = relp.METRICS[args.metric], max(len(p.original) for p in pairs)
     prompts, runs = batch_sizes(args.batch_size, model.config, longest, args.device)
-    parts, begun, seconds = [], [], dict.fromkeys(args.methods, 0.0)
-    with tqdm(
-        total=len(pairs),
-        desc=name,
-        leave=False,
-        disable=None if rank() == 0 else True,
-        delay=2,
-        bar_format=BAR,
-    ) as bar:
+    parts, begun, seconds = [], [], dict.fromkeys(methods, 0.0)
+    earlier = earlier_ap(folder, pairs, args) if args.grid and cells is None else lambda *_: None
+    off = None if rank() == 0 else True
+    with tqdm(total=len(pairs), desc=name, leave=False, disable=off, delay=2, bar_format=BAR) as bar:
         for rows in batches(pairs, prompts * world()):
             mine, done = share(rows), bar.n
-            batch = [
-                torch.tensor([getattr(pairs[i], part) for i in mine], device=args.device)
-                for part in ("original", "patch", "answers")
-            ]
+            batch = tensors([pairs[i] for i in mine], args.device)
             *values, differs = relp.compare(model, *batch, args.nodes, metric)
-            values, results = (
-                torch.stack(values, dim=1),
-                {("differs", node): where.float() for node, where in differs.items()},
-            )
-            for method in args.methods:
-                bar.set_description(f"{name} {LABELS[method]}")
+            values = torch.stack(values, dim=1)
+            results = {("differs", node): where.float() for node, where in differs.items()}
+            for method in methods:
+                bar.set_description(f"{name} {label_of(method)}")
                 began = time.perf_counter()
-                if method == "ap":
-                    pieces = Pieces.of(folder, begun, batch, values, args, runs)
-                    begun.append(pieces.path)
-                    scores = relp.activation_patching(
-                        model,
-                        *batch,
-                        args.nodes,
-                        metric,
-                        rows=runs,
-                        pieces=pieces,
-                        progress=lambda part: bar.update(done + part * len(rows) - bar.n),
-                        lockstep=args.shard,
-                    )
-                    seconds["ap"] += pieces.seconds_before
-                else:
+                if method != "ap":
                     scores = relp.attribute(model, *batch, args.nodes, metric, **method_options(method, args))
+                elif not (scores := earlier(mine, values.cpu().numpy(), batch[0].shape[1])):
+                    how = {"rows": runs, "lockstep": args.shard}
+                    how["progress"] = lambda part: bar.update(done + part * len(rows) - bar.n)
+                    if cells is None:
+                        pieces = how["pieces"] = Pieces.of(folder, begun, batch, values, args, runs)
+                        begun.append(pieces.path)
+                        seconds["ap"] += pieces.seconds_before
+                    else:
+                        chosen = lambda of_node: torch.from_numpy(of_node[mine][:, :, : batch[0].shape[1]]).to(
+                            args.device
+                        )
+                        how["cells"] = {node: chosen(of_node) for node, of_node in cells.items()}
+                    scores = relp.activation_patching(model, *batch, args.nodes, metric, **how)
                 results |= {(method, node): value.cpu() for node, value in scores.items()}
                 seconds[method] += time.perf_counter() - began
             if not all(value.isfinite().all() for value in results.values()):
@@ -398,22 +417,42 @@ def score(
             parts.append((mine, values.cpu().numpy(), {key: value.cpu().numpy() for key, value in results.items()}))
             bar.update(done + len(rows) - bar.n)
 
-    values, scores = np.empty((len(pairs), 2)), {}
+    values, scores = np.empty((len(pairs), 2), parts[0][1].dtype), {}
     for theirs, their_seconds in gathered((parts, seconds)):
         seconds = {method: max(seconds[method], their_seconds[method]) for method in seconds}
         for rows, value, results in theirs:
             values[rows] = value
             for key, result in results.items():
-                whole = scores.setdefault(
-                    key, np.full((len(pairs), model.config.n_layers, longest), np.nan, result.dtype)
-                )
+                shape = len(pairs), result.shape[1], longest, *result.shape[3:]
+                whole = scores.setdefault(key, np.full(shape, np.nan, result.dtype))
                 whole[rows, :, : result.shape[2]] = result
-    return (
-        {key: scores[key] for key in scores if key[0] != "differs"},
-        {node: scores["differs", node] for node in args.nodes},
-        values,
-        seconds,
-    )
+    differs = {node: scores.pop(("differs", node)) for node in args.nodes}
+    return scores, differs, values, seconds
+
+
+def earlier_ap(folder: Path, pairs: list[tasks.Pair], args: argparse.Namespace):
+    """A function (rows, values, length) -> AP's scores of these pairs as an earlier run left them, or None.
+
+    They are taken from scores.npz if that is of the same prompts and nodes, and if the metric's values, which come from
+    runs through all weights, are the same to the bit.
+    """
+    try:
+        with np.load(folder / "scores.npz") as file:
+            arrays = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        arrays = {}
+    same = all(np.array_equal(arrays.get(key), value) for key, value in prompt_arrays(pairs).items())
+
+    def take(rows, values, length):
+        if (
+            not same
+            or not np.array_equal(arrays["values"][rows], values)
+            or any(f"ap_{n}" not in arrays for n in args.nodes)
+        ):
+            return None
+        return {node: torch.from_numpy(arrays[f"ap_{node}"][rows][:, :, :length]) for node in args.nodes}
+
+    return take
 
 
 class Pieces(dict):
@@ -536,15 +575,137 @@ def correlations(scores: dict, differs: dict, groups: list[str], args: argparse.
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Rank, then verify; and the grid of rules
+
+
+def main_method(methods) -> str:
+    """The method that others are compared with."""
+    return "relp" if "relp" in methods else next(m for m in methods if m != "ap")
+
+
+def verify(name: str, model, pairs: list[tasks.Pair], scores: dict, args: argparse.Namespace, folder: Path) -> None:
+    """AP of those nodes alone whose averaged scores by the main method are the K largest, over all kinds of nodes.
+
+    A node is a kind, a layer, a position (by its role, as in the figure) and maybe a part. Written to verified.json.
+    """
+    (roles, at), method = overlay(pairs), main_method(args.methods)
+    maps = {(m, node): laid_over(values, at) for (m, node), values in scores.items()}
+    ranking = [(node, index) for node in args.nodes for index in np.ndindex(maps[method, node].shape)]
+    size = np.concatenate([np.abs(maps[method, node]).ravel() for node in args.nodes])
+    order = np.argsort(-size, kind="stable")
+    cells = {node: np.zeros(scores[method, node].shape, bool) for node in args.nodes}
+    for i in order[: args.verify]:
+        node, (layer, label, *part) = ranking[i]
+        rows = np.flatnonzero(at[:, label] >= 0)
+        cells[node][(rows, layer, at[rows, label], *part)] = True
+    exact, _, _, seconds = score(name, model, pairs, args, folder, ["ap"], cells)
+    rows = []
+    for i in order[: args.verify]:
+        node, (layer, label, *part) = ranking[i]
+        index = layer, label, *part
+        of = {m: float(maps[m, node][index]) for m in args.methods}
+        of["ap"] = float(laid_over(exact["ap", node], at)[index])
+        rows.append(
+            {"node": node, "layer": layer, "position": roles[label], "part": part[0] if part else None, "scores": of}
+        )
+    bound = float(size[order[args.verify]]) if args.verify < len(order) else 0.0
+    found = {"ranked_by": method, "nodes": rows, "of": len(order), "bound": bound, "seconds": seconds["ap"]}
+    if rank() > 0:
+        return
+    save(folder / "verified.json", lambda file: file.write(json.dumps(without_nan(found), indent=1).encode()))
+    print(
+        f"\n  the {len(rows)} nodes of {len(order)} with the largest {label_of(method)} scores; AP of these alone took {seconds['ap']:.2f} s"
+    )
+    print(
+        f"  {'node':14}{'layer':>6}{'part':>6}  {'position':10}"
+        + "".join(f"{label_of(m):>10}" for m in ("ap", *args.methods))
+    )
+    for row in rows:
+        numbers = "".join(f"{row['scores'][m]:10.3f}" for m in ("ap", *args.methods))
+        print(
+            f"  {row['node']:14}{row['layer']:>6}{'' if row['part'] is None else row['part']:>6}  {row['position'].strip():10}{numbers}"
+        )
+    a, b = (torch.tensor([row["scores"][m] for row in rows]) for m in ("ap", method))
+    print(
+        f"  correlation over them {float(relp.pearson(a, b)):.3f}; largest difference {(a - b).abs().max():.3f}; "
+        f"no other node has a {label_of(method)} score beyond {bound:.3f}"
+    )
+
+
+LINEAR = ["", "epsilon=0.01", "epsilon=0.1", "gamma=0.1", "gamma=0.5"]  # rules for linear layers; "" is the 0-rule
+
+
+def grid(name: str, model, pairs: list[tasks.Pair], scores: dict, args: argparse.Namespace, folder: Path) -> None:
+    """Every subset of the rules with every rule for linear layers: PCC with AP, sorted; what each rule contributes.
+
+    The score of a set is the mean over the node kinds of the PCC of the averaged maps. Written to grid.json.
+    """
+    flags = ["ln", "identity", *(["half"] if model.config.gated else []), "ah"]
+    subsets = [[f for i, f in enumerate(flags) if code >> i & 1] for code in range(2 ** len(flags))]
+    join_up = lambda rules: "+".join(rule for rule in rules if rule) or "none"
+    groups = [p.group for p in pairs]
+    weights = torch.cat([torch.ones(1, len(pairs)), relp.resamples(groups, seed=args.seed)])
+    table, means = {}, {}
+    for label in tqdm(
+        [join_up([*subset, linear]) for subset in subsets for linear in LINEAR], name, leave=False, disable=None
+    ):
+        values, *_ = score(name, model, pairs, args, folder, [label])
+        if rank() > 0:
+            continue
+        pair = lambda node: (torch.tensor(values[label, node]), torch.tensor(scores["ap", node]))
+        of_nodes = {node: relp.agreement(*pair(node), groups, weights=weights) for node in args.nodes}
+        means[label] = torch.stack([of["averaged"] for of in of_nodes.values()]).mean(0)
+        table[label] = {
+            node: {what: estimate(of[what]) for what in ("averaged", "pooled", "per_prompt")} for node, of in of_nodes.items()
+        } | {"mean": estimate(means[label])}  # fmt: skip
+    if rank() > 0:
+        return
+    paper = [f for f in flags if getattr(model.rules(True), f)]
+    marks = {
+        join_up(paper): "the paper's",
+        "ln": "LN alone: what the reference recipe computes",
+        "none": "the gradient, AtP",
+    }
+    without = lambda rules, flag: join_up([f for f in rules if f != flag])
+    effects = {}
+    for flag in flags:
+        others = [subset for subset in subsets if flag not in subset]
+        in_order = lambda rules: join_up([f for f in flags if f in rules])
+        effects[flag] = {
+            "alone": estimate(means[flag] - means["none"]),
+            "beside the paper's others": estimate(means[in_order([*paper, flag])] - means[without(paper, flag)]),
+            "on average": estimate(
+                torch.stack([means[in_order([*subset, flag])] - means[join_up(subset)] for subset in others]).mean(0)
+            ),
+        }
+    found = {"rules": table, "effects": effects, "paper": join_up(paper)}
+    save(folder / "grid.json", lambda file: file.write(json.dumps(without_nan(found), indent=1).encode()))
+    print(f"\n  {'PCC with AP by rules':34}" + "".join(f"{node:>12}" for node in args.nodes) + f"{'mean':>9}")
+    for label in sorted(table, key=lambda label: -table[label]["mean"][0]):
+        numbers = "".join(f"{table[label][node]['averaged'][0]:12.3f}" for node in args.nodes)
+        print(f"  {label:34}{numbers}{short(*table[label]['mean']):>22}  {marks.get(label, '')}".rstrip())
+    print(f"\n  {'what a rule adds to the mean':34}{'alone':>22}{'to the others of the paper':>30}{'on average':>24}")
+    for flag, of in effects.items():
+        print(
+            f"  {flag:34}" + "".join(f"{short(*of[what], sign='+'):>{width}}" for what, width in zip(of, (22, 30, 24)))
+        )
+    best = max(effects, key=lambda flag: effects[flag]["alone"][0])
+    value = effects[best]["alone"][0]
+    whole = table[join_up(paper)]["mean"][0] - table["none"]["mean"][0]
+    print(f"  {best} alone makes {value:+.3f} of the {whole:+.3f} that the paper's set gains over the gradient")
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Output: the table, the files, the figures
 
 
 def print_table(name: str, summary: dict, args: argparse.Namespace) -> None:
-    accuracy, mean = summary["accuracy"], summary[args.metric]
+    accuracy, mean = ([summary[what][run][0] for run in ("original", "patch")] for what in ("accuracy", args.metric))
     print(
-        f"  right on {accuracy['original']:.0%} of the original and {accuracy['patch']:.0%} of the patch prompts; mean {args.metric} {mean['original']:+.3f} and {mean['patch']:+.3f}"
+        f"  right on {accuracy[0]:.0%} of the original and {accuracy[1]:.0%} of the patch prompts; "
+        f"mean {args.metric} {mean[0]:+.3f} and {mean[1]:+.3f}"
     )
-    if min(accuracy.values()) < 0.75:
+    if min(accuracy) < 0.75:
         print("  WARNING: this model does not do the task, so there is no behaviour here for the methods to explain")
     row = lambda label, cells, end="": print((f"  {label:18}" + "".join(f"{cell:23}" for cell in cells) + end).rstrip())
     row("PCC with AP" if summary["pcc"] else "", [f" {node}" for node in args.nodes], f"{'seconds':>8}")
@@ -552,15 +713,15 @@ def print_table(name: str, summary: dict, args: argparse.Namespace) -> None:
         cells = [""] * len(args.nodes)
         if method in summary["pcc"]:
             cells = [short(of["averaged"], *of["interval"]["averaged"]) for of in summary["pcc"][method].values()]
-        row(LABELS[method], cells, f"{summary['seconds'][method]:8.2f}")
+        row(label_of(method), cells, f"{summary['seconds'][method]:8.2f}")
     for pair, of_nodes in summary["differences"].items():
-        label = " - ".join(LABELS[method] for method in pair.split(" - "))
+        label = " - ".join(label_of(method) for method in pair.split(" - "))
         row(label, [short(*of["averaged"], sign="+") for of in of_nodes.values()])
     if name in TABLE_5 and not args.prompts:
         for i, label in enumerate(("AtP, paper", "RelP, paper")):
             row(label, [short(TABLE_5[name][node][i]) if node in TABLE_5[name] else "" for node in args.nodes])
     if summary["pcc"]:
-        print(f"  further, {' / '.join(LABELS[m] for m in summary['pcc'])}:")
+        print(f"  further, {' / '.join(label_of(m) for m in summary['pcc'])}:")
         for measure, label in MEASURES.items():
             each = [[short(of[node][measure]).strip() for of in summary["pcc"].values()] for node in args.nodes]
             row(label, [f" {' / '.join(values)}" for values in each])
@@ -633,35 +794,44 @@ def overlay(pairs: list[tasks.Pair]) -> tuple[list[str], np.ndarray]:
     ], at
 
 
+def laid_over(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The mean over the pairs of scores [n, layers, positions, ...] at the figure's positions: [layers, labels, ...]."""
+    placed = values[np.arange(len(at))[:, None], :, np.maximum(at, 0)]  # [n, labels, layers, ...]
+    placed[at < 0] = np.nan
+    return np.nanmean(placed, axis=0).swapaxes(0, 1)
+
+
 def draw_heatmaps(file, name: str, scores: dict, pairs: list[tasks.Pair], args: argparse.Namespace) -> None:
-    """The paper's Figure 2: mean scores over layer and position; a row per method, a column per node kind."""
+    """The paper's Figure 2: mean scores over layer and position; a row per method, a column per node kind.
+
+    Heads are shown by layer and head, the sum over positions; neurons by layer and position, the sum over neurons.
+    """
     from matplotlib.figure import Figure
 
     labels, at = overlay(pairs)
-
-    def laid_over(values):
-        maps = np.take_along_axis(
-            values, np.broadcast_to(np.maximum(at, 0)[:, None], (len(pairs), values.shape[1], len(labels))), axis=2
-        )
-        return np.nanmean(np.where(at[:, None] >= 0, maps, np.nan), axis=0)
-
-    order = [m for m in LABELS if m in args.methods]
-    n_layers = next(iter(scores.values())).shape[1]
-    figure = Figure(
-        figsize=(1.2 + len(args.nodes) * (1.2 + 0.22 * len(labels)), 1.2 + len(order) * (0.7 + 0.16 * n_layers)),
-        layout="constrained",
-    )
-    axes = figure.subplots(len(order), len(args.nodes), squeeze=False, sharex=True, sharey=True)
-    for column, node in enumerate(args.nodes):
-        maps = [laid_over(scores[method, node]) for method in order]
+    order = [*(m for m in LABELS if m in args.methods), *(m for m in args.methods if m not in LABELS)]
+    kinds, n_layers = {}, next(iter(scores.values())).shape[1]
+    for node in args.nodes:
+        maps = [laid_over(scores[method, node], at) for method in order]
+        ticks, what = labels, "position"
+        if node.startswith("head"):
+            maps = [values.sum(1) for values in maps]
+            ticks, what = range(maps[0].shape[1]), "head, all positions"
+        elif node in relp.PARTS_OF:
+            maps, what = [values.sum(-1) for values in maps], "position, all neurons"
+        kinds[node] = maps, ticks, what
+    widths = [1.2 + 0.22 * len(ticks) for _, ticks, _ in kinds.values()]
+    figure = Figure(figsize=(1.2 + sum(widths), 1.2 + len(order) * (0.7 + 0.16 * n_layers)), layout="constrained")
+    axes = figure.subplots(len(order), len(kinds), squeeze=False, sharex="col", sharey=True, width_ratios=widths)
+    for column, (node, (maps, ticks, what)) in zip(axes.T, kinds.items()):
         top = np.abs(maps[0] if order[0] == "ap" else maps).max() or 1.0  # AP sets the scale: what exceeds it is wrong
-        for ax, method, values in zip(axes[:, column], order, maps):
+        for ax, method, values in zip(column, order, maps):
             image = ax.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", origin="lower")
-            ax.set_title(f"{LABELS[method]}, {node}", fontsize=9)
-            ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+            ax.set_title(f"{label_of(method)}, {node}", fontsize=9)
+            ax.set_xticks(range(len(ticks)), ticks, rotation=90 if ticks is labels else 0, fontsize=7)
             ax.yaxis.get_major_locator().set_params(integer=True)
-        axes[-1, column].set_xlabel("position")
-        figure.colorbar(image, ax=axes[:, column], extend="both", shrink=0.8)
+        column[-1].set_xlabel(what)
+        figure.colorbar(image, ax=column, extend="both", shrink=0.8)
     for ax in axes[:, 0]:
         ax.set_ylabel("layer")
     shown = int((at[:, 0] >= 0).sum())
@@ -685,8 +855,8 @@ def draw_pcc(file, summaries: list[dict], args: argparse.Namespace) -> None:
                 np.arange(len(summaries)) + (i - (len(methods) - 1) / 2) * 0.4,
                 heights,
                 0.38,
-                label=LABELS[method],
-                color=COLORS[method],
+                label=label_of(method),
+                color=COLORS.get(method),
             )
         ax.set_title(node, fontsize=10)
         ax.set_xticks(range(len(summaries)), [s["model"] for s in summaries], rotation=35, ha="right", fontsize=8)
@@ -701,7 +871,7 @@ def print_overview(summaries: list[dict], args: argparse.Namespace) -> None:
     methods = [m for m in args.methods if m != "ap"]
     width = 10 * len(methods)
     print(f"\n{'PCC with AP':20}" + "".join(f"{node:>{width}}" for node in args.nodes))
-    print(" " * 20 + "".join(f"{LABELS[m]:>10}" for m in methods) * len(args.nodes))
+    print(" " * 20 + "".join(f"{label_of(m):>10}" for m in methods) * len(args.nodes))
     for s in summaries:
         print(
             f"{s['model']:20}"
@@ -826,7 +996,7 @@ def unit_scores(
         total=len(every) * len(args.methods), desc=title, leave=False, disable=None, delay=2, bar_format=BAR
     ) as bar:
         for method in args.methods:
-            bar.set_description(f"{title} {LABELS[method]}")
+            bar.set_description(f"{title} {label_of(method)}")
             cost = costs[method] = {"forward": 0.0, "backward": 0.0, "seconds": 0.0}
             for rows in every:
                 batch, done = tensors([pairs[i] for i in rows], args.device), bar.n
@@ -903,7 +1073,7 @@ def judge(
                 sizes.append(size), circuits.append(now[0]), complements.append(now[1])
             if not sizes[0] and variant == "features":
                 raise ValueError(
-                    f"{structure}: no unit's {LABELS[method]} score exceeds the lowest threshold, {thresholds[0]:.3g} "
+                    f"{structure}: no unit's {label_of(method)} score exceeds the lowest threshold, {thresholds[0]:.3g} "
                     f"({args.thresholds[0]:.3g} of the total effect): choose lower --thresholds"
                 )
             curves[variant][method] = {
@@ -1041,10 +1211,6 @@ def strongest_units(
     return listed
 
 
-def main_method(scores: dict) -> str:
-    return "relp" if "relp" in scores else next(iter(scores))
-
-
 def ranked(scores: dict) -> list[tuple]:
     """(key, pos, unit) of all units with a score, the strongest first."""
     units = [(key, *at) for key, value in scores.items() for at in value.nonzero().tolist()]
@@ -1118,11 +1284,11 @@ def print_structure(structure: str, found: dict, args: argparse.Namespace) -> No
     if min(accuracy.values()) < 0.75:
         print("  WARNING: this model does not do the task, so there is no behaviour here for the methods to explain")
     print(
-        f"  {chosen['size']} units from layer {found['first_layer']} on, found by {LABELS[chosen['method']]}, have a faithfulness of {chosen['faithfulness']:.2f}; "
+        f"  {chosen['size']} units from layer {found['first_layer']} on, found by {label_of(chosen['method'])}, have a faithfulness of {chosen['faithfulness']:.2f}; "
         f"the strongest, and the prompts on which they fire most:"
     )
     methods = list(found["scores"])
-    print(f"    {'layer node':18}{'unit':>6}  {'position':10}" + "".join(f"{LABELS[m]:>9}" for m in methods))
+    print(f"    {'layer node':18}{'unit':>6}  {'position':10}" + "".join(f"{label_of(m):>9}" for m in methods))
     for u in found["strongest"]:
         numbers = "".join(f"{u['scores'][m]:9.3f}" for m in methods)
         prompts = ", ".join(f"{text.strip()!r} {value:.1f}" for text, value in u["fires_most_on"][:2])
@@ -1137,7 +1303,7 @@ def print_circuits(summary: dict, args: argparse.Namespace) -> None:
     )
     for method in args.methods:
         costs = [average(s["cost"][method][what] for s in structures) for what in ("forward", "backward", "seconds")]
-        line = f"  {LABELS[method]:26}" + "{:10.0f}{:10.0f}{:10.2f}".format(*costs)
+        line = f"  {label_of(method):26}" + "{:10.0f}{:10.0f}{:10.2f}".format(*costs)
         if method != "ap" and "ap" in args.methods:
             for measure in ("averaged", "spearman", "slope"):
                 line += f"{average(s['agreement'][method]['all'][measure][0] for s in structures):10.3f}"
@@ -1150,11 +1316,11 @@ def print_circuits(summary: dict, args: argparse.Namespace) -> None:
         for method in faithful:
             value, low, high = faithful[method]["mean"]
             at = ["".join(f"{of[method]['sizes'][n][0]:6.2f}" for n in SIZES) for of in (faithful, complete)]
-            print(f"  {label:26}{LABELS[method]:8}{at[0]}{value:9.3f} [{low:.3f} {high:.3f}] |{at[1]}")
+            print(f"  {label:26}{label_of(method):8}{at[0]}{value:9.3f} [{low:.3f} {high:.3f}] |{at[1]}")
             label = ""
         for other, of in summary["differences"].get(variant, {}).items():
             value, low, high = of["faithfulness"]
-            print(f"  {'':26}{'RelP - ' + LABELS[other.split()[-1]]:32}{value:+9.3f} [{low:+.3f} {high:+.3f}]")
+            print(f"  {'':26}{'RelP - ' + label_of(other.split()[-1]):32}{value:+9.3f} [{low:+.3f} {high:+.3f}]")
 
 
 def draw_faithfulness(file, name: str, found: dict, args: argparse.Namespace) -> None:
@@ -1173,12 +1339,14 @@ def draw_faithfulness(file, name: str, found: dict, args: argparse.Namespace) ->
                 grid, curves = np.geomspace(max(1, ends[0]), max(2, ends[1]), 40), []
                 for s, f in found.items():
                     values = curve(f, variant, method, which, weights[s])
-                    ax.plot(np.maximum(sizes[s], 0.7), values[:, 0], color=COLORS[method], alpha=0.25, linewidth=0.8)
+                    ax.plot(
+                        np.maximum(sizes[s], 0.7), values[:, 0], color=COLORS.get(method), alpha=0.25, linewidth=0.8
+                    )
                     curves.append(at_sizes(values, sizes[s], grid))
                 mean = torch.stack(curves).mean(0)
                 low, high = mean[:, 1:].quantile(torch.tensor([0.025, 0.975], dtype=mean.dtype), dim=1)
-                ax.fill_between(grid, low, high, color=COLORS[method], alpha=0.15, linewidth=0)
-                ax.plot(grid, mean[:, 0], color=COLORS[method], linewidth=2, label=LABELS[method])
+                ax.fill_between(grid, low, high, color=COLORS.get(method), alpha=0.15, linewidth=0)
+                ax.plot(grid, mean[:, 0], color=COLORS.get(method), linewidth=2, label=label_of(method))
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter("{x:g}")
             ax.axhline(1 - i, color="black", linewidth=0.5, linestyle=":")
@@ -1237,7 +1405,7 @@ def draw_circuits(file, name: str, found: dict, args: argparse.Namespace) -> Non
             f"{structure}: {len(chosen['units'])} units, faithfulness {chosen['faithfulness']:.2f}", fontsize=10
         )
     figure.suptitle(
-        f"{name}: SAE features (their numbers) and errors (squares), area by {LABELS[chosen['method']]} score; "
+        f"{name}: SAE features (their numbers) and errors (squares), area by {label_of(chosen['method'])} score; "
         "blue carries the original's answer, red speaks against it",
         fontsize=10,
     )
