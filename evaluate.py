@@ -551,7 +551,7 @@ def correlations(scores: dict, differs: dict, groups: list[str], args: argparse.
     if "ap" not in args.methods:
         return {}, {}
     methods = [method for method in LABELS if method in args.methods and method != "ap"]
-    weights = torch.cat([torch.ones(1, len(groups)), relp.resamples(groups)])  # the prompts as they are come first
+    weights = torch.cat([torch.ones(1, len(groups)), relp.resamples(groups, seed=args.seed)])  # the prompts as they are come first
     told = lambda values: {
         **{measure: float(value[0]) for measure, value in values.items()},
         "interval": {measure: relp.interval(value[1:]) for measure, value in values.items()},

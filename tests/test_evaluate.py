@@ -167,6 +167,7 @@ def test_files_hold_what_they_say(name, source, tiny, results, tmp_path):
         "original_tokens",
         "patch_tokens",
         "answers",
+        "values",
     }
     shape = (n, model.config.n_layers, max(lengths))
     assert scores["lengths"].tolist() == lengths and scores["answers"].tolist() == [list(p.answers) for p in pairs]
@@ -176,7 +177,7 @@ def test_files_hold_what_they_say(name, source, tiny, results, tmp_path):
         assert [tuple(row[:length]) for row, length in zip(rows, lengths)] == [getattr(p, key) for p in pairs]
         assert rows[:, 0].tolist() == [tokenizer.bos_id] * n
     padding = np.broadcast_to(np.arange(max(lengths)) >= np.array(lengths)[:, None, None], shape)
-    for key in scores.keys() - {"lengths", "original_tokens", "patch_tokens", "answers"}:
+    for key in scores.keys() - {"lengths", "original_tokens", "patch_tokens", "answers", "values"}:
         assert scores[key].shape == shape and np.array_equal(np.isnan(scores[key]), padding), key
         assert np.abs(scores[key][~padding]).max() > 0
 
@@ -188,8 +189,11 @@ def test_files_hold_what_they_say(name, source, tiny, results, tmp_path):
 
     original, patch = (np.array([logit_diff(key, i) for i in range(n)]) for key in ("original", "patch"))
     assert summary["prompt_pairs"] == n and summary["model"] == str(tiny[name])
-    assert summary["accuracy"] == {"original": (original > 0).mean(), "patch": (patch < 0).mean()}
-    assert summary["logit_diff"] == pytest.approx({"original": original.mean(), "patch": patch.mean()}, abs=1e-4)
+    assert scores["values"] == pytest.approx(np.stack([original, patch], axis=1), abs=1e-4)
+    counts = relp.resamples(groups).numpy()
+    for run, value, right in (("original", original, original > 0), ("patch", patch, patch < 0)):
+        for got, x in ((summary["accuracy"][run], right), (summary["logit_diff"][run], value)):
+            assert got == pytest.approx([x.mean(), *np.quantile(counts @ x / n, [0.025, 0.975])], abs=1e-4)
 
     # whatever is patched in front of the first layer at once is the patch run; here one position differs in the files, so one patch is all
     if source == "file":
