@@ -40,9 +40,10 @@ MEASURES = {  # of relp.agreement, shown below the table; all are in summary.jso
     "false_negative": "worst miss",
 }
 LABELS = {"ap": "AP", "atp": "AtP", "relp": "RelP", "ig": "IG"}
-SAES = {
+SAES = {  # of a model, where none are named
     "toy-neox": str(Path(__file__).parent / "toy" / "saes" / "neox"),
     "pythia-70m-deduped": "saprmarks/pythia-70m-deduped-saes",
+    "EleutherAI/pythia-70m-deduped": "saprmarks/pythia-70m-deduped-saes",
 }
 COLORS = {"ap": "#222222", "atp": "#9aa0a6", "relp": "#1f6fb4", "ig": "#e08a1e"}
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -128,6 +129,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.add_argument(f"--{name}", default=None, help=text + (f" [{'; '.join(shown)}]" if shown else ""), **kind)
     args = p.parse_args(argv)
     args.task = choices("task", args.task or "ioi", ("ioi", "sva"), single=True)[0]
+    if args.prompts and args.structures:
+        raise ValueError("--structures are those of the templates: they have no meaning with --prompts")
     for name, _, _, default in OPTIONS:
         key = name.replace("-", "_")
         if isinstance(default, dict):
@@ -551,7 +554,9 @@ def correlations(scores: dict, differs: dict, groups: list[str], args: argparse.
     if "ap" not in args.methods:
         return {}, {}
     methods = [method for method in LABELS if method in args.methods and method != "ap"]
-    weights = torch.cat([torch.ones(1, len(groups)), relp.resamples(groups, seed=args.seed)])  # the prompts as they are come first
+    weights = torch.cat(
+        [torch.ones(1, len(groups)), relp.resamples(groups, seed=args.seed)]
+    )  # the prompts as they are come first
     told = lambda values: {
         **{measure: float(value[0]) for measure, value in values.items()},
         "interval": {measure: relp.interval(value[1:]) for measure, value in values.items()},
@@ -580,7 +585,7 @@ def correlations(scores: dict, differs: dict, groups: list[str], args: argparse.
 
 def main_method(methods) -> str:
     """The method that others are compared with."""
-    return "relp" if "relp" in methods else next(m for m in methods if m != "ap")
+    return "relp" if "relp" in methods else next((m for m in methods if m != "ap"), "ap")
 
 
 def verify(name: str, model, pairs: list[tasks.Pair], scores: dict, args: argparse.Namespace, folder: Path) -> None:
@@ -929,6 +934,9 @@ def evaluate_circuits(name: str, args: argparse.Namespace) -> dict:
     if not (source := SAES.get(name) if args.saes == "auto" else args.saes):
         raise ValueError(f"no sparse autoencoders are known for {name}: name some with --saes")
     saes = models.load_saes(source, model, dtype, device, args.nodes)
+    first = model.config.n_layers // 3
+    if not any(layer >= first for _, layer in saes):
+        raise ValueError(f"{source} has no SAE in the layers that are judged, {first} to {model.config.n_layers - 1}")
     identity = lambda n: relp.Neurons(torch.eye(n, dtype=dtype, device=device))
     units = {
         "features": saes,
@@ -947,7 +955,7 @@ def evaluate_circuits(name: str, args: argparse.Namespace) -> dict:
     for structure, (discovery, held_out) in structures.items():
         scores, costs, agreement = unit_scores(f"{name} {structure}", model, discovery, units, args)
         of = found[structure] = judge(structure, model, discovery, held_out, units, scores, args)
-        of |= {"cost": costs, "agreement": agreement}
+        of |= {"cost": costs, "agreement": agreement, "chosen": chosen_circuit(of)}
         of["strongest"] = strongest_units(model, held_out, tokenizer, saes, scores["features"], of["roles"], args)
         print_structure(structure, found[structure], args)
         save(
@@ -956,6 +964,9 @@ def evaluate_circuits(name: str, args: argparse.Namespace) -> dict:
                 json.dumps(without_nan(circuit_json(structure, found[structure])), indent=1).encode()
             ),
         )
+    for file in folder.glob("circuit-*.json"):  # of structures that an earlier run had
+        if file.stem.removeprefix("circuit-") not in found:
+            file.unlink()
     summary = {"model": name, "task": args.task, "saes": source, **summarise(found, args), **circumstances(args)}
     save(folder / "summary.json", lambda file: file.write(json.dumps(without_nan(summary), indent=1).encode()))
     print_circuits(summary, args)
@@ -1049,10 +1060,8 @@ def judge(
     thresholds = [share * effect for share in args.thresholds]
     of_means = patch if args.means == "held-out" else tensors(discovery, args.device)[1]
     curves = {}
-    for variant, (label, kind, removed) in VARIANTS.items():
+    for variant, (_, kind, removed) in VARIANTS.items():
         judged = {key: sae for key, sae in units[kind].items() if key[1] >= first}
-        if not judged:
-            raise ValueError(f"no SAE in the layers that are judged, {first} to {model.config.n_layers - 1}")
         means = relp.unit_means(model, of_means, judged)
         run = lambda circuit: relp.run_circuit(model, original, answers, judged, means, circuit, metric).cpu().double()
 
@@ -1061,8 +1070,8 @@ def judge(
                 circuit[name, layer][:, -1] &= name not in removed
             return circuit
 
-        nothing = {key: torch.zeros_like(next(iter(scores[kind].values()))[key], dtype=torch.bool) for key in judged}
-        empty, curves[variant] = run(nothing), {}
+        blank = lambda sae: torch.zeros(original.shape[1], len(sae.W_dec) + 1, dtype=torch.bool, device=args.device)
+        empty, curves[variant] = run({key: blank(sae) for key, sae in judged.items()}), {}
         for method, of_method in scores[kind].items():
             sizes, circuits, complements = [], [], []
             for threshold in thresholds:
@@ -1137,13 +1146,14 @@ def summarise(found: dict, args: argparse.Namespace) -> dict:
         ]
         return torch.stack(of).mean(0)
 
-    result = {"faithfulness": {}, "completeness": {}, "differences": {}}
+    result = {name: {variant: {} for variant in VARIANTS} for name in ("faithfulness", "completeness")}
+    result["differences"] = {}
     for variant in VARIANTS:
         means = {}
         for method in next(iter(found.values()))["curves"][variant]:
             for name, which in (("faithfulness", "circuit"), ("completeness", "complement")):
                 means[name, method] = averaged(variant, method, which, GRID).mean(0)
-                result[name].setdefault(variant, {})[method] = {
+                result[name][variant][method] = {
                     "sizes": {n: estimate(v) for n, v in zip(SIZES, averaged(variant, method, which, SIZES))},
                     "mean": estimate(means[name, method]),
                 }
@@ -1201,12 +1211,14 @@ def strongest_units(
     skip = held_out[0].roles[0] == "BOS"
     tokens = torch.cat(tensors(held_out, args.device)[:2]).unique(dim=0)
     _, acts = relp.record(model, tokens, {name for name, _ in saes})
-    listed = []
-    for key, pos, i in ranked(scores[main_method(scores)])[: args.top]:
-        sae, x = saes[key], acts[key].flatten(2)[:, pos]
-        fires = sae.encode(x)[:, i] if i < len(sae.W_dec) else sae.error(x).norm(dim=-1)
+    units, listed = ranked(scores[main_method(scores)]), []
+    if args.sum_positions:  # a unit is the same at all positions: it is listed once
+        units = [unit for unit in units if unit[1] == 0]
+    for key, pos, i in units[: args.top]:
+        sae, x = saes[key], acts[key].flatten(2)[:, slice(None) if args.sum_positions else [pos]]
+        fires = (sae.encode(x)[..., i] if i < len(sae.W_dec) else sae.error(x).norm(dim=-1)).amax(1)
         most = [(float(v), tokens[j, skip:].tolist()) for v, j in zip(*fires.topk(min(3, len(fires)))) if v > 0]
-        unit = describe(key, pos, i, scores, roles)
+        unit = describe(key, pos, i, scores, roles) | ({"position": "all", "role": "all"} if args.sum_positions else {})
         listed.append(unit | {"fires_most_on": [[tokenizer.decode(ids), value] for value, ids in most]})
     return listed
 
@@ -1249,7 +1261,7 @@ def chosen_circuit(found: dict) -> dict:
 
 def circuit_json(structure: str, found: dict) -> dict:
     """One structure's circuits as a file that others can read: the curves, and all units above the lowest threshold."""
-    scores, chosen = found["scores"], chosen_circuit(found)
+    scores, chosen = found["scores"], found["chosen"]
     main, everything = scores[chosen["method"]], torch.ones(1, len(found["full"]), dtype=torch.float64)
     shown = [u for u in ranked(main) if abs(main[u[0]][u[1:]]) > found["thresholds"][0]]
     return {
@@ -1276,7 +1288,7 @@ def circuit_json(structure: str, found: dict) -> dict:
 
 
 def print_structure(structure: str, found: dict, args: argparse.Namespace) -> None:
-    accuracy, mean, chosen = found["accuracy"], found["discovery"], chosen_circuit(found)
+    accuracy, mean, chosen = found["accuracy"], found["discovery"], found["chosen"]
     print(
         f"\n  {structure}: right on {accuracy['original']:.0%} of the original and {accuracy['patch']:.0%} of the patch prompts held out; "
         f"mean {args.metric} {mean['original']:+.3f} and {mean['patch']:+.3f}"
@@ -1350,7 +1362,7 @@ def draw_faithfulness(file, name: str, found: dict, args: argparse.Namespace) ->
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter("{x:g}")
             ax.axhline(1 - i, color="black", linewidth=0.5, linestyle=":")
-            ax.set_ylim(-0.15, 1.15)
+            ax.set_ylim(-0.25, 1.15)
             if i == 0:
                 ax.set_title(label, fontsize=10)
             else:
@@ -1373,7 +1385,7 @@ def draw_circuits(file, name: str, found: dict, args: argparse.Namespace) -> Non
     rows = -(-len(found) // columns)
     figure = Figure(figsize=(8 * columns, (1.2 + 0.4 * len(nodes)) * rows), layout="constrained")
     for ax, (structure, f) in zip(figure.subplots(rows, columns, squeeze=False).flat, found.items()):
-        chosen, positions = chosen_circuit(f), range(len(f["roles"]))
+        chosen, positions = f["chosen"], range(len(f["roles"]))
         scores = f["scores"][chosen["method"]]
         top = max((abs(float(scores[key][pos, i])) for key, pos, i in chosen["units"]), default=1.0)
         cells = {}  # (node, pos) -> its units, the strongest first
@@ -1401,11 +1413,10 @@ def draw_circuits(file, name: str, found: dict, args: argparse.Namespace) -> Non
         ax.grid(axis="y", linewidth=0.3)
         for x in edges[1:-1]:
             ax.axvline(x, color="grey", linewidth=0.4)
-        ax.set_title(
-            f"{structure}: {len(chosen['units'])} units, faithfulness {chosen['faithfulness']:.2f}", fontsize=10
-        )
+        size = f"{chosen['size']} units from layer {f['first_layer']} on"
+        ax.set_title(f"{structure}: {size}, faithfulness {chosen['faithfulness']:.2f}", fontsize=10)
     figure.suptitle(
-        f"{name}: SAE features (their numbers) and errors (squares), area by {label_of(chosen['method'])} score; "
+        f"{name}: SAE features (their numbers) and errors (squares), area by {label_of(chosen['method'])} score;\n"
         "blue carries the original's answer, red speaks against it",
         fontsize=10,
     )
@@ -1463,5 +1474,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("evaluate.py: stopped; the same command goes on from here", file=sys.stderr)
+        print(
+            "evaluate.py: stopped; AP of --task ioi goes on from here when the command is given again", file=sys.stderr
+        )
         sys.exit(130)
