@@ -209,7 +209,9 @@ def divide(runs: dict, saes: dict) -> dict[tuple, Tensor]:
     """
     scores = {}
     for key, sae in saes.items():
-        where = changed(*runs[key][:2])  # elsewhere all scores are 0
+        where = changed(*runs[key][:2]) & changed(
+            runs[key][2], torch.zeros_like(runs[key][2])
+        )  # elsewhere the scores are 0
         before, after, rho = (x.flatten(2)[where] for x in runs[key])
         features = difference(sae.encode(before), sae.encode(after)) * (rho @ sae.W_dec.T)
         error = (difference(before, after) * rho).sum(-1) - features.sum(-1)  # what is left of the node's score
