@@ -39,13 +39,13 @@ MEASURES = {  # of relp.agreement, shown below the table; all are in summary.jso
     "slope": "slope",
     "false_negative": "worst miss",
 }
-LABELS = {"ap": "AP", "atp": "AtP", "relp": "RelP", "ig": "IG"}
+LABELS = {"ap": "AP", "atp": "AtP", "relp": "RelP", "twopoint": "two-point", "ig": "IG"}
 SAES = {  # of a model, where none are named
     "toy-neox": str(Path(__file__).parent / "toy" / "saes" / "neox"),
     "pythia-70m-deduped": "saprmarks/pythia-70m-deduped-saes",
     "EleutherAI/pythia-70m-deduped": "saprmarks/pythia-70m-deduped-saes",
 }
-COLORS = {"ap": "#222222", "atp": "#9aa0a6", "relp": "#1f6fb4", "ig": "#e08a1e"}
+COLORS = {"ap": "#222222", "atp": "#9aa0a6", "relp": "#1f6fb4", "twopoint": "#2a9d5c", "ig": "#e08a1e"}
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,9 +80,9 @@ OPTIONS = [
     ("corruption", "swap|s2", "exchange both names, or the second mention alone", {"ioi": "swap"}),
     ("metric", "|".join(relp.METRICS), "what is patched for", "logit_diff"),
     ("nodes", "LIST", f"of {','.join(PATCHABLE)}", {"ioi": ",".join(NODES), "sva": "auto"}),
-    ("methods", "LIST", "of ap,atp,relp,ig and sets of rules, such as ln+ah", {"ioi": "ap,atp,relp", "sva": "ap,atp,relp,ig"}),
+    ("methods", "LIST", "of ap,atp,relp,twopoint,ig and sets of rules, such as ln+ah", {"ioi": "ap,atp,relp", "sva": "ap,atp,relp,ig"}),
     ("steps", "N", "of Integrated Gradients", 10),
-    ("rules", "RULES", "paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X", "paper"),
+    ("rules", "RULES", "paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X; two-point: ln2,identity2,half2,attention2", "paper"),
     ("grid", None, "every subset of the rules, and how well each predicts AP", {"ioi": False}),
     ("verify", "K", "AP of the K nodes alone that the best method ranks highest", {"ioi": None}),
     ("structures", "LIST", f"of {','.join(tasks.SVA_STRUCTURES)}", {"sva": ",".join(tasks.SVA_STRUCTURES)}),
@@ -201,6 +201,8 @@ def parse_rules(text: str) -> bool | models.Rules:
         name, given, value = item.partition("=")
         if name in ("ln", "identity", "half", "ah") and not given:
             fields[name] = True
+        elif name.removesuffix("2") in models.ROWS and name.endswith("2") and not given:
+            fields["two_point"] = (*fields.get("two_point", ()), name.removesuffix("2"))
         elif name in ("epsilon", "gamma"):
             try:
                 fields[name] = float(value)
@@ -210,7 +212,8 @@ def parse_rules(text: str) -> bool | models.Rules:
                 raise ValueError(f"rule {name} needs a positive number, got {item!r}")
         else:
             raise ValueError(
-                f"unknown rule {item!r}: choose paper, none, or from ln, identity, half, ah, epsilon=X, gamma=X"
+                f"unknown rule {item!r}: choose paper, none, or from ln, identity, half, ah, epsilon=X, gamma=X, "
+                + ", ".join(f"{row}2" for row in models.ROWS)
             )
     if "epsilon" in fields and "gamma" in fields:
         raise ValueError("epsilon and gamma are both rules for linear layers: choose one")
@@ -354,9 +357,10 @@ def label_of(method: str) -> str:
     return LABELS.get(method, method)
 
 
-def method_options(method: str, args: argparse.Namespace) -> dict:
+def method_options(method: str, model, args: argparse.Namespace) -> dict:
     """What relp's functions are told so that they follow this method."""
-    known = {"atp": {}, "relp": {"lrp": args.rules}, "ig": {"steps": args.steps}}
+    two_point = models.TWO_POINT[model.config.family]
+    known = {"atp": {}, "relp": {"lrp": args.rules}, "twopoint": {"lrp": two_point}, "ig": {"steps": args.steps}}
     return known[method] if method in known else {"lrp": parse_rules(method.replace("+", ","))}
 
 
@@ -399,7 +403,7 @@ def score(
                 bar.set_description(f"{name} {label_of(method)}")
                 began = time.perf_counter()
                 if method != "ap":
-                    scores = relp.attribute(model, *batch, args.nodes, metric, **method_options(method, args))
+                    scores = relp.attribute(model, *batch, args.nodes, metric, **method_options(method, model, args))
                 elif not (scores := earlier(mine, values.cpu().numpy(), batch[0].shape[1])):
                     how = {"rows": runs, "lockstep": args.shard}
                     how["progress"] = lambda part: bar.update(done + part * len(rows) - bar.n)
@@ -593,7 +597,7 @@ def verify(name: str, model, pairs: list[tasks.Pair], scores: dict, args: argpar
 
     A node is a kind, a layer, a position (by its role, as in the figure) and maybe a part. Written to verified.json.
     """
-    (roles, at), method = overlay(pairs), main_method(args.methods)
+    (roles, at), method = overlay(pairs), "twopoint" if "twopoint" in args.methods else main_method(args.methods)
     maps = {(m, node): laid_over(values, at) for (m, node), values in scores.items()}
     ranking = [(node, index) for node in args.nodes for index in np.ndindex(maps[method, node].shape)]
     size = np.concatenate([np.abs(maps[method, node]).ravel() for node in args.nodes])
@@ -1017,14 +1021,16 @@ def unit_scores(
                     parts["features"] = relp.patch_features(counted, *batch, saes, metric, rows=runs, progress=progress)
                     counted.forward += counted.read / len(rows) - 1  # all read-outs but one are edited runs'
                 else:
-                    passes = relp.propagate(counted, *batch, saes, metric, **method_options(method, args))
+                    passes = relp.propagate(counted, *batch, saes, metric, **method_options(method, model, args))
                     parts["features"] = relp.divide(passes, saes)
                 cost["seconds"] += time.perf_counter() - began
                 cost["forward"] += counted.forward / len(every)
                 cost["backward"] += counted.backward / len(every)
                 if method != "ap":
                     parts["neurons"] = relp.divide(passes, units["neurons"])
-                    passes = relp.propagate(model, *batch, units["mlp_neurons"], metric, **method_options(method, args))
+                    passes = relp.propagate(
+                        model, *batch, units["mlp_neurons"], metric, **method_options(method, model, args)
+                    )
                     parts["mlp_neurons"] = relp.divide(passes, units["mlp_neurons"])
                 for kind, values in parts.items():
                     total = scores[kind].setdefault(method, {})

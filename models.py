@@ -17,7 +17,8 @@ import math
 import re
 import unicodedata
 import zipfile
-from dataclasses import dataclass, fields
+from collections import deque
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
 
@@ -28,6 +29,12 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------------------------------
 # Table 1: propagation rules. A rule leaves the forward pass as it is and makes part of it a constant, so that
 # autograd, run backward from the metric, returns LRP's propagation coefficient rho instead of the gradient.
+#
+# The two-point rules are its second column. The patch run is computed anyway: with its x' beside the original run's x,
+# what is constant can be taken between the two runs instead of at the original one, so that rho is right for the
+# change from x to x' rather than for a small one.
+
+ROWS = ("ln", "identity", "half", "attention")
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,15 @@ class Rules:
     ah: bool = False
     epsilon: float | None = None  # linear layers: the 0-rule, unless epsilon or gamma is given
     gamma: float | None = None
+    two_point: tuple[str, ...] = ()  # of ROWS: those that are taken from the second column, whatever is said above
+    tape: "Tape | None" = None  # what they need of the patch run (see Tape)
+
+    def __post_init__(self):
+        if unknown := [row for row in self.two_point if row not in ROWS]:
+            raise ValueError(f"no two-point rule for {unknown[0]!r}: choose from {', '.join(ROWS)}")
+
+    def taped(self) -> "Rules":
+        return replace(self, tape=Tape())
 
 
 def const(x: Tensor, on: bool) -> Tensor:
@@ -47,26 +63,71 @@ def const(x: Tensor, on: bool) -> Tensor:
     return x.detach() if on else x
 
 
-def ln_rule(x: Tensor, eps: float, on: bool) -> Tensor:
-    """LN-rule for LayerNorm (x centred before: that stays differentiable) and RMSNorm: x / [sqrt(eps + mean x^2)]_const."""
-    return x / const((x.square().mean(-1, keepdim=True) + eps).sqrt(), on)
+def through(value: Tensor, passed: Tensor) -> Tensor:
+    """The value of `value`, the gradient of `passed`."""
+    return value.detach() + (passed - passed.detach())
 
 
-def identity_rule(x: Tensor, gate, on: bool) -> Tensor:
-    """Identity-rule for GELU and SiLU, both x * gate(x): x * [gate(x)]_const."""
-    return x * const(gate(x), on)
+def mid(x: Tensor, x_patch: Tensor) -> Tensor:
+    """[(x + x') / 2]_const."""
+    return torch.lerp(x.detach(), x_patch, 0.5)
+
+
+def alone(x: Tensor) -> None:
+    """The x' of a run that has no other beside it."""
+
+
+def ln_rule(x: Tensor, eps: float, on: bool, twin=alone) -> Tensor:
+    """LN-rule for LayerNorm (x centred before: that stays differentiable) and RMSNorm: x / [sqrt(eps + mean x^2)]_const.
+
+    Two-point: x [mean of both runs' 1 / sqrt]_const.
+    """
+    size = (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    y, size_patch = x / const(size, on), twin(size)
+    return y if size_patch is None else through(y, x * mid(1 / size, 1 / size_patch))
+
+
+def identity_rule(x: Tensor, gate, on: bool, twin=alone) -> Tensor:
+    """Identity-rule for GELU and SiLU, both x * gate(x): x * [gate(x)]_const.
+
+    Two-point: x * [(y' - y) / (x' - x)]_const., the secant; where the runs (nearly) agree, the Identity-rule.
+    """
+    x_patch = twin(x)
+    g = const(gate(x), on or x_patch is not None)
+    y = x * g
+    y_patch = twin(y)
+    if x_patch is None:
+        return y
+    dx = x_patch - x.detach()
+    near = dx.abs() < torch.finfo(x.dtype).eps ** 0.5  # there the quotient would be made of rounding errors
+    return through(y, x * torch.where(near, g, (y_patch - y.detach()) / torch.where(near, 1, dx)))
+
+
+def half_rule(a: Tensor, b: Tensor, on: bool, twin=alone, product=torch.mul, y: Tensor | None = None) -> Tensor:
+    """Half-rule for multiplicative gates: 0.5 a*b + [0.5 a*b]_const.
+
+    Two-point, and so for the two products of attention: a*[b]_const + [a']_const*b, a going first to its new value and
+    then b. (The mean of both orders is as exact. But where the patch run exchanges two values, their means are equal, and
+    nothing is left for q and k.)
+    """
+    y, a_patch = product(a, b) if y is None else y, twin(a)
+    if a_patch is not None:
+        return through(y, product(through(a_patch, a), b))
+    return through(y, 0.5 * y) if on else y
+
+
+def softmax_rule(scores: Tensor, hidden: Tensor, twin=alone) -> Tensor:
+    """The attention pattern. It has a two-point rule alone: the softmax's derivative at the mean of both runs' scores."""
+    softmax = lambda x: x.masked_fill(hidden, -torch.inf).softmax(-1)
+    scores_patch = twin(scores)
+    if scores_patch is None:
+        return softmax(scores)
+    return through(softmax(scores), softmax(through(mid(scores, scores_patch), scores)))
 
 
 def ah_rule(pattern: Tensor, on: bool) -> Tensor:
     """AH-rule for attention heads: the pattern A in sum_i A_ij x_i is constant."""
     return const(pattern, on)
-
-
-def half_rule(x: Tensor, g: Tensor, on: bool) -> Tensor:
-    """Half-rule for multiplicative gates: 0.5 x*g + [0.5 x*g]_const."""
-    y = x * g
-    half = 0.5 * y
-    return half + (y - half).detach() if on else y  # y - half, not half again: the sum is then y to the last bit
 
 
 def linear_rule(x: Tensor, weight: Tensor, bias: Tensor | None, rules: Rules) -> Tensor:
@@ -94,7 +155,7 @@ def linear_rule(x: Tensor, weight: Tensor, bias: Tensor | None, rules: Rules) ->
         passed = boosted * (y / torch.where(boosted == 0, 1, boosted)).detach()  # |y| <= |boosted|
     else:
         return y
-    return y.detach() + (passed - passed.detach())  # the value of y, the gradient of passed
+    return through(y, passed)
 
 
 # Table 4: the rules of the paper's experiments (the 0-rule on linear layers, no AH-rule). Llama, which the paper
@@ -107,6 +168,13 @@ TABLE_4 = {
     "qwen2": Rules(ln=True, identity=True, half=True),
     "gemma2": Rules(ln=True, identity=True, half=True),
     "llama": Rules(ln=True, identity=True, half=True),
+}
+
+# The two-point rules of each family. Gemma 2's blocks end in a norm, which answers a small change with its tangent and a
+# whole replacement with its chord. No one coefficient fits both, and the LN- and Half-rule do better there.
+TWO_POINT = {
+    family: replace(rules, two_point=("identity", "attention") if family == "gemma2" else ROWS)
+    for family, rules in TABLE_4.items()
 }
 
 
@@ -129,6 +197,28 @@ class Run:
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         return self.hook(name, self.layer, value) if self.wants(name) else value
+
+    def twin(self, row: str):
+        """A function that takes this run's x to the patch run's, for a row of Table 1 that looks at both; else `alone`."""
+        if row not in self.rules.two_point:
+            return alone
+        if self.rules.tape is None:
+            raise ValueError("two-point rules need a patch run: call relp.attribute")
+        return self.rules.tape
+
+
+class Tape(deque):
+    """What the two-point rules need of the patch run: written there, read in the same order in the original run."""
+
+    playing = False
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        if not self.playing:
+            self.append(x.detach())
+            return None  # nobody asks for the patch run's gradient
+        if not self or self[0].shape != x.shape:
+            raise ValueError("the original run does not do what the patch run did: give both the same rules and shapes")
+        return self.popleft()
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -172,7 +262,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor, run: Run) -> Tensor:
         h = upcast(x)
         h = h - h.mean(-1, keepdim=True)
-        return (ln_rule(h, self.eps, run.rules.ln) * self.weight + self.bias).to(x.dtype)
+        return (ln_rule(h, self.eps, run.rules.ln, run.twin("ln")) * self.weight + self.bias).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -183,7 +273,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, run: Run) -> Tensor:
         # Gemma stores w and scales by 1 + w: added here, since 1 + w would lose digits of w in low precision
-        return (ln_rule(upcast(x), self.eps, run.rules.ln) * (self.offset + upcast(self.weight))).to(x.dtype)
+        normed = ln_rule(upcast(x), self.eps, run.rules.ln, run.twin("ln"))
+        return (normed * (self.offset + upcast(self.weight))).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -205,15 +296,18 @@ class Attention(nn.Module):
         if c.n_kv_heads < c.n_heads:
             k, v = (y.repeat_interleave(c.n_heads // c.n_kv_heads, dim=2) for y in (k, v))
         hidden = unseen(first, q.shape[1], k.shape[1], self.window, x.device)
+        z, twin = None, run.twin("attention")
         if c.attn_softcap is None and not run.wants("pattern"):  # one kernel; the pattern is constant where q and k are
             by_head = lambda y: y.transpose(1, 2)  # [b, h, t, d_head] and back
-            q, k, v = by_head(ah_rule(q, run.rules.ah)), by_head(ah_rule(k, run.rules.ah)), by_head(v)
-            z = by_head(F.scaled_dot_product_attention(q, k, v, ~hidden.squeeze(1), scale=c.attn_scale))
-        else:
-            scores = upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * c.attn_scale
-            scores = softcap(scores, c.attn_softcap).masked_fill(hidden, -torch.inf)
-            pattern = run("pattern", ah_rule(scores.softmax(-1).to(x.dtype), run.rules.ah))  # [b, query, h, key]
-            z = torch.einsum("bqhk,bkhd->bqhd", pattern, v)
+            qkv = by_head(ah_rule(q, run.rules.ah)), by_head(ah_rule(k, run.rules.ah)), by_head(v)
+            z = by_head(F.scaled_dot_product_attention(*qkv, ~hidden.squeeze(1), scale=c.attn_scale))
+        if z is None or twin is not alone:
+            dots = lambda q, k: upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * c.attn_scale
+            mix = lambda pattern, v: torch.einsum("bqhk,bkhd->bqhd", pattern, v)
+            scores = softcap(half_rule(q, k, False, twin, dots), c.attn_softcap)
+            pattern = softmax_rule(scores, hidden, twin).to(x.dtype)
+            pattern = run("pattern", ah_rule(pattern, run.rules.ah))  # [b, query, h, key]
+            z = half_rule(pattern, v, False, twin, mix, z)
         return self.o(run("z", z).flatten(-2), run)  # z [b, t, n_heads, d_head]
 
 
@@ -252,11 +346,12 @@ class MLP(nn.Module):
         if self.gate is None:
             hidden = self.activate(self.up(x, run), run)
         else:
-            hidden = half_rule(self.activate(self.gate(x, run), run), self.up(x, run), run.rules.half)
+            gate, up = self.activate(self.gate(x, run), run), self.up(x, run)
+            hidden = half_rule(gate, up, run.rules.half, run.twin("half"))
         return self.down(run("mlp_hidden", hidden), run)
 
     def activate(self, x: Tensor, run: Run) -> Tensor:
-        return identity_rule(upcast(x), self.act, run.rules.identity).to(x.dtype)
+        return identity_rule(upcast(x), self.act, run.rules.identity, run.twin("identity")).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -316,8 +411,8 @@ BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock, "sandwich": 
 class Transformer(nn.Module):
     """tokens [batch, pos] -> logits [batch, pos, vocab].
 
-    lrp   False: the plain gradient. True: the paper's rules for this family (Table 4). Rules(...): those. The logits
-          are bit-identical in every case; only what backward returns differs.
+    lrp   False: the plain gradient. True: the paper's rules for this family (Table 4). Rules(...): those (two-point
+          rules through relp.attribute). The logits are bit-identical in every case; only what backward returns differs.
     hook  hook(name, layer, value) -> value sees every named node in turn (`nodes` lists them) and returns what the
           pass goes on with: the same to look, another to intervene. It lives for this call alone.
           A hook that sees the pattern has attention form it, which rounds otherwise than the one kernel does.

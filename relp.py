@@ -103,6 +103,18 @@ def coefficients(model, tokens, answers, nodes, metric=logit_diff, lrp=False, re
     return acts, dict(zip(acts, torch.autograd.grad(value, list(acts.values()), materialize_grads=True)))
 
 
+def run_patch(model, tokens, answers, nodes, metric=logit_diff, lrp=False) -> tuple[dict, object]:
+    """The nodes' activations in the patch run, and the rules for the original run: with two-point rules they know this one."""
+    if not getattr(lrp, "two_point", ()):
+        return record(model, tokens, nodes)[1], lrp
+    lrp = lrp.taped()
+    stream, acts = record(model, tokens, nodes, lrp)
+    with torch.no_grad():
+        read_out(model, stream, answers, metric, lrp)  # the final norm has its two points as well
+    lrp.tape.playing = True
+    return acts, lrp
+
+
 def propagate(
     model, original: Tensor, patch: Tensor, answers: Tensor, keys, metric=logit_diff, lrp=False, steps=None
 ) -> dict[tuple, tuple[Tensor, Tensor, Tensor]]:
@@ -111,7 +123,7 @@ def propagate(
     Two forward passes and one backward; with `steps`, Integrated Gradients' many (see integrated()).
     """
     nodes = {name for name, _ in keys}
-    _, patch_acts = record(model, patch, nodes)
+    patch_acts, lrp = run_patch(model, patch, answers, nodes, metric, lrp)
     if steps is None:
         acts, rho = coefficients(model, original, answers, nodes, metric, lrp)
     else:
@@ -209,10 +221,9 @@ def divide(runs: dict, saes: dict) -> dict[tuple, Tensor]:
     """
     scores = {}
     for key, sae in saes.items():
-        where = changed(*runs[key][:2]) & changed(
-            runs[key][2], torch.zeros_like(runs[key][2])
-        )  # elsewhere the scores are 0
-        before, after, rho = (x.flatten(2)[where] for x in runs[key])
+        before, after, rho = (x.flatten(2) for x in runs[key])
+        where = changed(before, after) & (rho != 0).any(-1)  # elsewhere the scores are 0
+        before, after, rho = before[where], after[where], rho[where]
         features = difference(sae.encode(before), sae.encode(after)) * (rho @ sae.W_dec.T)
         error = (difference(before, after) * rho).sum(-1) - features.sum(-1)  # what is left of the node's score
         of_units = torch.cat([features, error.unsqueeze(-1)], dim=-1)
