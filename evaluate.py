@@ -353,6 +353,11 @@ def circumstances(args: argparse.Namespace) -> dict:
     }
 
 
+def in_order(methods: list[str]) -> list[str]:
+    """As LABELS has them, sets of rules last."""
+    return sorted(methods, key=lambda method: [*LABELS, method].index(method))
+
+
 def label_of(method: str) -> str:
     return LABELS.get(method, method)
 
@@ -557,7 +562,7 @@ def correlations(scores: dict, differs: dict, groups: list[str], args: argparse.
     """
     if "ap" not in args.methods:
         return {}, {}
-    methods = [method for method in LABELS if method in args.methods and method != "ap"]
+    methods = in_order([method for method in args.methods if method != "ap"])
     weights = torch.cat(
         [torch.ones(1, len(groups)), relp.resamples(groups, seed=args.seed)]
     )  # the prompts as they are come first
@@ -716,7 +721,8 @@ def print_table(name: str, summary: dict, args: argparse.Namespace) -> None:
     )
     if min(accuracy) < 0.75:
         print("  WARNING: this model does not do the task, so there is no behaviour here for the methods to explain")
-    row = lambda label, cells, end="": print((f"  {label:18}" + "".join(f"{cell:23}" for cell in cells) + end).rstrip())
+    width = max(23, 8 * len(summary["pcc"]) + 1)
+    row = lambda label, cells, end="": print((f"  {label:18}" + "".join(f"{c:{width}}" for c in cells) + end).rstrip())
     row("PCC with AP" if summary["pcc"] else "", [f" {node}" for node in args.nodes], f"{'seconds':>8}")
     for method in args.methods:
         cells = [""] * len(args.nodes)
@@ -724,8 +730,9 @@ def print_table(name: str, summary: dict, args: argparse.Namespace) -> None:
             cells = [short(of["averaged"], *of["interval"]["averaged"]) for of in summary["pcc"][method].values()]
         row(label_of(method), cells, f"{summary['seconds'][method]:8.2f}")
     for pair, of_nodes in summary["differences"].items():
-        label = " - ".join(label_of(method) for method in pair.split(" - "))
-        row(label, [short(*of["averaged"], sign="+") for of in of_nodes.values()])
+        if "relp" in pair.split(" - ") or "relp" not in args.methods:
+            label = " - ".join(label_of(method) for method in pair.split(" - "))
+            row(label, [short(*of["averaged"], sign="+") for of in of_nodes.values()])
     if name in TABLE_5 and not args.prompts:
         for i, label in enumerate(("AtP, paper", "RelP, paper")):
             row(label, [short(TABLE_5[name][node][i]) if node in TABLE_5[name] else "" for node in args.nodes])
@@ -818,7 +825,7 @@ def draw_heatmaps(file, name: str, scores: dict, pairs: list[tasks.Pair], args: 
     from matplotlib.figure import Figure
 
     labels, at = overlay(pairs)
-    order = [*(m for m in LABELS if m in args.methods), *(m for m in args.methods if m not in LABELS)]
+    order = in_order(args.methods)
     kinds, n_layers = {}, next(iter(scores.values())).shape[1]
     for node in args.nodes:
         maps = [laid_over(scores[method, node], at) for method in order]
@@ -852,20 +859,23 @@ def draw_heatmaps(file, name: str, scores: dict, pairs: list[tasks.Pair], args: 
 
 
 def draw_pcc(file, summaries: list[dict], args: argparse.Namespace) -> None:
-    """The paper's Figure 1: PCC with AP, a panel per node kind, bars for AtP and RelP side by side for each model."""
+    """The paper's Figure 1: PCC with AP, a panel per node kind, the methods side by side for each model, with 95 % intervals."""
     from matplotlib.figure import Figure
 
     methods = [m for m in args.methods if m != "ap"]
     figure = Figure(figsize=(1.5 + len(args.nodes) * (1 + 0.5 * len(summaries)), 3.4), layout="constrained")
     for ax, node in zip(figure.subplots(1, len(args.nodes), sharey=True, squeeze=False)[0], args.nodes):
         for i, method in enumerate(methods):
-            heights = [s["pcc"][method][node]["averaged"] for s in summaries]
+            heights = np.array([s["pcc"][method][node]["averaged"] for s in summaries])
+            ends = np.array([s["pcc"][method][node]["interval"]["averaged"] for s in summaries]).T
             ax.bar(
-                np.arange(len(summaries)) + (i - (len(methods) - 1) / 2) * 0.4,
+                np.arange(len(summaries)) + (i - (len(methods) - 1) / 2) * 0.8 / len(methods),
                 heights,
-                0.38,
+                0.76 / len(methods),
                 label=label_of(method),
                 color=COLORS.get(method),
+                yerr=np.maximum(0, [heights - ends[0], ends[1] - heights]),  # percentiles may leave the value outside
+                error_kw={"linewidth": 0.8},
             )
         ax.set_title(node, fontsize=10)
         ax.set_xticks(range(len(summaries)), [s["model"] for s in summaries], rotation=35, ha="right", fontsize=8)
@@ -878,13 +888,14 @@ def draw_pcc(file, summaries: list[dict], args: argparse.Namespace) -> None:
 def print_overview(summaries: list[dict], args: argparse.Namespace) -> None:
     """The paper's Table 5: a line per model, AtP beside RelP for each node kind."""
     methods = [m for m in args.methods if m != "ap"]
-    width = 10 * len(methods)
+    each = max(10, *(2 + len(label_of(m)) for m in methods))
+    width = each * len(methods)
     print(f"\n{'PCC with AP':20}" + "".join(f"{node:>{width}}" for node in args.nodes))
-    print(" " * 20 + "".join(f"{label_of(m):>10}" for m in methods) * len(args.nodes))
+    print(" " * 20 + "".join(f"{label_of(m):>{each}}" for m in methods) * len(args.nodes))
     for s in summaries:
         print(
             f"{s['model']:20}"
-            + "".join(f"{s['pcc'][m][node]['averaged']:10.3f}" for node in args.nodes for m in methods)
+            + "".join(f"{s['pcc'][m][node]['averaged']:{each}.3f}" for node in args.nodes for m in methods)
         )
 
 

@@ -1,4 +1,4 @@
-"""The two-point rules: each against its formula and against what it must take to what, the tape, and what they cost."""
+"""The two-point rules: each against its formula, the tape that carries the patch run, and what they cost."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from conftest import CHECKPOINTS, FAMILIES, VOCAB
 
 import models
 import relp
-from models import ROWS, TWO_POINT, Rules, from_pretrained
+from models import ROWS, TABLE_4, TWO_POINT, Rules, from_pretrained
 
 
 @pytest.fixture
@@ -21,97 +21,93 @@ def pair():
 
 @pytest.fixture
 def xs():
-    """x, x' and two more; some numbers of x' are x's or next to them."""
+    """x, x', and two more [5, 6]; the first row of x' is x's, the second next to it."""
     x, y, u, v = torch.randn(4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).unbind(0)
     y[0], y[1] = x[0], x[1] + 1e-9
     return x, y, u, v
 
 
-def carried(rule, inputs, patch):
-    """The value of rule(*inputs), and what its linear map makes of patch - inputs (its gradient, forward)."""
-    inputs = [x.clone().requires_grad_() for x in inputs]
-    out = rule(*inputs)
-    basis = torch.eye(out.numel(), dtype=out.dtype).view(-1, *out.shape)
-    rows = torch.autograd.grad(out, inputs, basis, is_grads_batched=True)
-    return out.detach(), sum((r * (p - x)).flatten(1).sum(1) for r, p, x in zip(rows, patch, inputs)).view(out.shape).detach()
+def given(*patch):
+    """A twin that returns these, one after the other: the patch run's side of one piece."""
+    tape = models.Tape(patch)
+    tape.playing = True
+    return tape
 
 
-class Identity(torch.nn.Module):
-    def forward(self, x, run):
-        return x
+def of_patch(rule, *patch):
+    """What a piece's patch run leaves on the tape."""
+    tape = models.Tape()
+    rule(*patch, tape)
+    return given(*tape)
 
 
-def hidden(scores):
-    return scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+def rho(f, x, signal):
+    return torch.autograd.grad(f(x := x.clone().requires_grad_()), x, signal)[0]
 
 
-# rule(x...) with the patch run's values bound; the function that it is a rule for
-PIECES = {
-    "RMSNorm": (lambda *p: lambda x: models.ln_rule(x, 1e-5, False, *p), lambda x: models.ln_rule(x, 1e-5, False), 1),
-    **{
-        act: (lambda *p, g=gate: lambda x: models.identity_rule(x, g, False, *p), lambda x, g=gate: x * g(x), 1)
-        for act, gate in models.GATES.items()
-    },
-    "gate": (lambda *p: lambda x, g: models.half_rule(x, g, False, p[0]), torch.mul, 2),
-    "matrix product": (
-        lambda *p: lambda x, g: models.half_rule(x, g, False, p[0], product=lambda a, b: a @ b.T),
-        lambda a, b: a @ b.T,
-        2,
-    ),
-    "softmax": (lambda *p: lambda x: models.softmax_rule(x, *p), lambda x: x.softmax(-1), 1),
-    "hidden keys": (
-        lambda *p: lambda x: models.softmax_rule(hidden(x[:, :5]), hidden(p[0][:, :5])),
-        lambda x: hidden(x[:, :5]).softmax(-1),
-        1,
-    ),
-    "peaked softmax": (
-        lambda *p: lambda x: models.softmax_rule(200 * x, 200 * p[0]),
-        lambda x: (200 * x).softmax(-1),
-        1,
-    ),
-}
+HIDDEN = torch.ones(6, 6).triu(1).bool()
+RULES = {  # rule(inputs..., twin), and the function that it is a rule for
+    "RMSNorm": (lambda x, twin=models.alone: models.ln_rule(x, 1e-5, False, twin), 1),
+    **{act: (lambda x, twin=models.alone, g=gate: models.identity_rule(x, g, False, twin), 1) for act, gate in models.GATES.items()},
+    "gate": (lambda a, b, twin=models.alone: models.half_rule(a, b, False, twin), 2),
+    "matrix product": (lambda a, b, twin=models.alone: models.half_rule(a, b, False, twin, lambda a, b: a @ b.T), 2),
+    "softmax": (lambda x, twin=models.alone: models.softmax_rule(x @ x.detach().T, HIDDEN[:5, :5], twin), 1),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("piece", PIECES)
-def test_each_rule_carries_the_whole_difference(piece, xs):
-    rule, f, n = PIECES[piece]
+@pytest.mark.parametrize("name", RULES)
+def test_value_is_the_original_runs_and_the_tape_is_used_up(name, xs):
+    rule, n = RULES[name]
     inputs, patch = (xs[0], xs[2])[:n], (xs[1], xs[3])[:n]
-    value, got = carried(rule(*patch), inputs, patch)
-    assert torch.equal(value, f(*inputs))
-    torch.testing.assert_close(got, f(*patch) - f(*inputs), atol=1e-10, rtol=1e-9)
-    _, tangent = carried(f, inputs, patch)
-    assert (tangent - got).abs().max() > 1e-2  # the gradient does not
+    twin = of_patch(rule, *patch)
+    assert len(twin) > 0
+    assert torch.equal(rule(*(x.clone().requires_grad_() for x in inputs), twin), rule(*inputs))
+    assert len(twin) == 0
 
 
-@pytest.mark.parametrize("piece", PIECES)
-def test_where_the_runs_agree_it_is_the_gradient(piece, xs):
-    rule, f, n = PIECES[piece]
-    inputs, direction = (xs[0], xs[2])[:n], [x + d for x, d in zip((xs[0], xs[2])[:n], xs[2:])]
-    _, got = carried(rule(*inputs), inputs, direction)
-    _, wanted = carried(f, inputs, direction)
-    torch.testing.assert_close(got, wanted, atol=1e-8, rtol=1e-8)
-
-
-def test_formulas(xs):
-    """Each rule's gradient against its formula by hand, for a random signal."""
-    x, y, u, signal = xs
-    rho = lambda f, x: torch.autograd.grad(f(x := x.clone().requires_grad_()), x, signal)[0]
+def test_ln(xs):
+    """x [mean of 1/s and 1/s']: nothing passes through the root."""
+    x, y, _, signal = xs
     r0, r1 = ((z.square().mean(-1, keepdim=True) + 1e-5).rsqrt() for z in (x, y))
-    m = (x + y) / 2
-    c = 2 * r0**2 * r1**2 / (r0 + r1) / x.shape[-1]
-    wanted = signal * (r0 + r1) / 2 - m * c * (m * signal).sum(-1, keepdim=True)
-    torch.testing.assert_close(rho(lambda x: models.ln_rule(x, 1e-5, False, y), x), wanted)
-    torch.testing.assert_close(rho(lambda x: models.half_rule(x, u, False, y), x), signal * u)
-    torch.testing.assert_close(rho(lambda u: models.half_rule(x, u, False, y), u), signal * y)
-    z = y.roll(1, 0)  # nowhere near x
-    gelu = torch.nn.functional.gelu
-    got = rho(lambda x: models.identity_rule(x, models.GATES["gelu"], False, z), x)
-    torch.testing.assert_close(got, signal * (gelu(z) - gelu(x)) / (z - x), atol=1e-9, rtol=1e-7)
-    a, b = x.softmax(-1), z.softmax(-1)
-    mean = (b - a) / (b.log() - a.log())
-    jacobian = torch.diag_embed(mean) - mean[..., None] * mean[..., None, :] / mean.sum(-1)[..., None, None]
-    got = rho(lambda x: models.softmax_rule(x, z), x)
-    torch.testing.assert_close(got, (jacobian @ signal[..., None]).squeeze(-1), atol=1e-9, rtol=1e-7)
+    rule = RULES["RMSNorm"][0]
+    for ln in (False, True):
+        got = rho(lambda x: models.ln_rule(x, 1e-5, ln, of_patch(rule, y)), x, signal)
+        torch.testing.assert_close(got, signal * (r0 + r1) / 2)
+
+
+@pytest.mark.parametrize("act", models.GATES)
+def test_identity(act, xs):
+    """The secant carries the whole difference; where the runs agree, it is the Identity-rule's coefficient."""
+    x, y, _, signal = xs
+    gate, rule = models.GATES[act], RULES[act][0]
+    for on in (False, True):
+        slope = rho(lambda x: models.identity_rule(x, gate, on, of_patch(rule, y)), x, signal) / signal
+        torch.testing.assert_close(slope[:2], gate(x)[:2])
+        torch.testing.assert_close((slope * (y - x))[2:], (y * gate(y) - x * gate(x))[2:])
+
+
+def test_products_go_first_a_then_b(xs):
+    """[b] da + [a'] db carries the whole difference, elementwise and for matrices."""
+    a, a_patch, b, b_patch = xs
+    for name, product in (("gate", torch.mul), ("matrix product", lambda a, b: a @ b.T)):
+        rule, signal = RULES[name][0], product(a_patch, b_patch).cos()
+        leaves = a.clone().requires_grad_(), b.clone().requires_grad_()
+        got = torch.autograd.grad(rule(*leaves, given(a_patch)), leaves, signal)
+        wanted = (signal * b, signal * a_patch) if name == "gate" else (signal @ b, signal.T @ a_patch)
+        for one, other in zip(got, wanted):
+            torch.testing.assert_close(one, other)
+        change = (got[0] * (a_patch - a)).sum() + (got[1] * (b_patch - b)).sum()
+        torch.testing.assert_close(change, (signal * (product(a_patch, b_patch) - product(a, b))).sum())
+
+
+def test_softmax_derivative_at_the_mean_score(xs):
+    g = torch.Generator().manual_seed(4)
+    scores, patch, signal = 3 * torch.randn(3, 6, 6, dtype=torch.float64, generator=g)
+    p = ((scores + patch) / 2).masked_fill(HIDDEN, -torch.inf).softmax(-1)
+    wanted = p * (signal - (p * signal).sum(-1, keepdim=True))
+    got = rho(lambda s: models.softmax_rule(s, HIDDEN, given(patch)), scores, signal)
+    torch.testing.assert_close(got, wanted)
+    assert (got - rho(lambda s: models.softmax_rule(s, HIDDEN), scores, signal)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -121,7 +117,8 @@ def test_logits_are_bit_identical(name, dtype, checkpoint, pair):
     original, patch, answers = pair
     with torch.no_grad():
         plain = [model(tokens) for tokens in (original, patch)]
-    for rules in (TWO_POINT, *(Rules(True, True, True, two_point=(row,)) for row in ROWS), Rules(ah=True, two_point=ROWS)):
+    alone = (Rules(True, True, True, two_point=(row,)) for row in ROWS)
+    for rules in (TWO_POINT[model.config.family], *alone, Rules(ah=True, two_point=ROWS)):
         rules = rules.taped()
         with torch.no_grad():
             assert torch.equal(model(patch, rules), plain[1])
@@ -131,52 +128,74 @@ def test_logits_are_bit_identical(name, dtype, checkpoint, pair):
         assert not rules.tape
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_the_stream_carries_the_whole_difference(name, checkpoint, pair):
-    """At every layer, the scores of the residual stream sum to the difference of the two runs' metrics. A tape that is
-    read out of step, or a piece without its rule, breaks this; so does the gradient, and so do RelP's rules."""
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("shown", [False, True], ids=["kernel", "pattern shown"])
+def test_attention_by_hand(name, shown, checkpoint):
+    """Attention written out: q goes first, then k, then the softmax at the mean score, then the pattern, then v."""
     model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
-    first, last, _ = relp.compare(model, *pair, ["resid_pre"])
+    attn, c, g = model.blocks[1].attn, model.config, torch.Generator().manual_seed(5)
+    x, x_patch, signal = torch.randn(3, 2, 7, c.d_model, dtype=torch.float64, generator=g)
+    hook = lambda name, layer, value: value
+    hook.nodes = ("pattern",) if shown else ()
+    rules = Rules(two_point=("attention",)).taped()
+    run = models.Run(rules, hook, 1)
+    with torch.no_grad():
+        attn(x_patch, run)
+    rules.tape.playing = True
+    got = rho(lambda x: attn(x, run), x, signal)
 
-    def gap(lrp, nodes=("resid_pre",)):
-        scores = relp.attribute(model, *pair, nodes, lrp=lrp)["resid_pre"]
-        return float(((scores.sum(-1) - (last - first)[:, None]) / (last - first).abs().max()).abs().max())
+    plain, end = models.Run(Rules(), None, 1), c.n_heads // c.n_kv_heads
 
-    assert gap(TWO_POINT) < 1e-8
-    assert gap(TWO_POINT, ("resid_pre", "pattern")) < 1e-8  # attention that shows its pattern
-    c = model.config
-    at_work = {"ln", "identity", "attention"} | ({"half"} if c.gated else set()) | ({"softcap"} if c.logit_softcap else set())
-    for row in ROWS:
-        without = gap(Rules(two_point=tuple(r for r in ROWS if r != row)))
-        assert without > 1e-3 if row in at_work else without < 1e-8
-    assert gap(False) > 1e-3 and gap(True) > 1e-3
+    def inputs(x):
+        q, k, v = (getattr(attn, n)(x, plain).unflatten(-1, (-1, c.d_head)) for n in "qkv")
+        k, v = (models.rotate(k, 0, c), v)
+        return models.rotate(q, 0, c), k.repeat_interleave(end, 2), v.repeat_interleave(end, 2)
+
+    hidden = models.unseen(0, 7, 7, attn.window, "cpu")
+    dots = lambda q, k: torch.einsum("bqhd,bkhd->bqhk", q, k) * c.attn_scale
+    scores = lambda q, k: models.softcap(dots(q, k), c.attn_softcap)
+    softmax = lambda s: s.masked_fill(hidden, -torch.inf).softmax(-1)
+    (q1, k1, v1), x = inputs(x_patch), x.clone().requires_grad_()
+    q, k, v = inputs(x)
+    s0, s1 = scores(q, k).detach(), scores(q1, k1).detach()
+    by_parts = dots(q, k.detach()) + dots(q1.detach(), k)  # the value is of no interest, its gradient is
+    cap = 1 if c.attn_softcap is None else 1 - (s0 / c.attn_softcap).square()
+    p = softmax((s0 + s1) / 2)
+    moved = cap * by_parts
+    pattern = p * (moved - (p * moved).sum(-1, keepdim=True))
+    mix = lambda pattern, v: torch.einsum("bqhk,bkhd->bqhd", pattern, v)
+    z = mix(pattern, v.detach()) + mix(softmax(s1).detach(), v)
+    wanted = torch.autograd.grad(attn.o(z.flatten(-2), plain), x, signal)[0]
+    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_equal_runs_give_the_gradient(name, checkpoint, pair):
-    """Every two-point rule is then the derivative: rho is AtP's, not RelP's."""
+def test_a_tape_out_of_step_would_show(name, checkpoint, pair):
+    """Whole models: the patch run on the tape matters, in each prompt its own, and equal runs give LN, Identity and the gradient."""
     model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
-    original, _, answers = pair
-    keys = ("resid_pre", "attn_out", "mlp_out")
-    wanted = relp.coefficients(model, original, answers, keys)[1]
-    _, rules = relp.run_patch(model, original, answers, keys, lrp=TWO_POINT)
-    got = relp.coefficients(model, original, answers, keys, lrp=rules)[1]
+    original, patch, answers = pair
+    nodes, rules = ("resid_pre", "attn_out", "mlp_out"), TWO_POINT[model.config.family]
+    got = relp.attribute(model, *pair, nodes, lrp=rules)
+    single = [relp.attribute(model, *(x[i : i + 1] for x in pair), nodes, lrp=rules) for i in range(4)]
+    for node in nodes:
+        torch.testing.assert_close(got[node], torch.cat([s[node] for s in single]))
+        assert (got[node] - relp.attribute(model, *pair, nodes, lrp=True)[node]).abs().max() > 1e-4
+    _, same = relp.run_patch(model, original, answers, nodes, lrp=Rules(two_point=ROWS))
+    rho = relp.coefficients(model, original, answers, nodes, lrp=same)[1]
+    wanted = relp.coefficients(model, original, answers, nodes, lrp=Rules(ln=True, identity=True))[1]
     for key in wanted:
-        torch.testing.assert_close(got[key], wanted[key], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(rho[key], wanted[key])
 
 
-def test_linear_pieces_are_no_business_of_theirs(checkpoint, pair):
-    """A stack of linear layers: AtP, RelP and the two-point rules agree, under the same tape."""
-    model = from_pretrained(str(checkpoint("gpt2")[0]), dtype=torch.float64)
-    for block in model.blocks:  # nothing but the embedding reaches the final norm
-        for layer in (block.attn.o, block.mlp.down):
-            layer.weight.data.zero_(), layer.bias.data.zero_()
-    model.ln_f = Identity()
-    scores = [relp.attribute(model, *pair, ["resid_pre"], lrp=lrp)["resid_pre"] for lrp in (False, True, TWO_POINT)]
-    first, last, _ = relp.compare(model, *pair, ["resid_pre"])
-    for s in scores:
-        torch.testing.assert_close(s, scores[0])
-        torch.testing.assert_close(s.sum(-1), (last - first)[:, None].expand(-1, s.shape[1]))
+def test_rules_of_a_family():
+    assert TWO_POINT.keys() == TABLE_4.keys()
+    for family, rules in TWO_POINT.items():
+        assert rules.two_point == (("identity", "attention") if family == "gemma2" else ROWS)
+        assert (rules.ln, rules.identity, rules.half) == (
+            TABLE_4[family].ln,
+            TABLE_4[family].identity,
+            TABLE_4[family].half,
+        )
 
 
 def test_two_forward_passes_and_one_backward(checkpoint, pair, monkeypatch):
@@ -184,7 +203,7 @@ def test_two_forward_passes_and_one_backward(checkpoint, pair, monkeypatch):
     block, grad = type(model).block, torch.autograd.grad
     monkeypatch.setattr(type(model), "block", lambda self, *a, **k: calls.append(a[0]) or block(self, *a, **k))
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: backward.append(1) or grad(*a, **k))
-    relp.attribute(model, *pair, ["resid_pre", "mlp_out"], lrp=TWO_POINT)
+    relp.attribute(model, *pair, ["resid_pre", "mlp_out"], lrp=TWO_POINT["gpt2"])
     assert len(calls) == 2 * model.config.n_layers and len(backward) == 1
 
 
@@ -196,18 +215,19 @@ def test_features_sum_to_the_node(checkpoint, pair):
         encode = staticmethod(lambda x: x)
         error = staticmethod(lambda x: 0.5 * x)
 
-    scores = relp.attribute_features(model, *pair, {("mlp_out", 1): Halves()}, lrp=TWO_POINT)["mlp_out", 1]
-    wanted = relp.attribute(model, *pair, ["mlp_out"], lrp=TWO_POINT)["mlp_out"][:, 1]
+    scores = relp.attribute_features(model, *pair, {("mlp_out", 1): Halves()}, lrp=TWO_POINT["qwen2"])["mlp_out", 1]
+    wanted = relp.attribute(model, *pair, ["mlp_out"], lrp=TWO_POINT["qwen2"])["mlp_out"][:, 1]
     torch.testing.assert_close(scores.sum(-1), wanted)
+    torch.testing.assert_close(scores[..., -1], scores[..., :-1].sum(-1))
 
 
 def test_the_tape_notices_and_rules_without_one_are_refused(checkpoint, pair):
     model = from_pretrained(str(checkpoint("gpt2")[0]))
     original, patch, answers = pair
-    _, rules = relp.run_patch(model, patch, answers, (), lrp=TWO_POINT)
+    _, rules = relp.run_patch(model, patch, answers, (), lrp=TWO_POINT["gpt2"])
     with pytest.raises(ValueError, match="does not do what the patch run did"):
         relp.coefficients(model, original[:, :-1], answers, ("mlp_out",), lrp=rules)
     with pytest.raises(ValueError, match="need a patch run"):
-        model(original, lrp=TWO_POINT)
+        model(original, lrp=TWO_POINT["gpt2"])
     with pytest.raises(ValueError, match="no two-point rule for 'attn'"):
         Rules(two_point=("attn",))
