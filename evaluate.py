@@ -82,7 +82,7 @@ OPTIONS = [
     ("nodes", "LIST", f"of {','.join(PATCHABLE)}", {"ioi": ",".join(NODES), "sva": "auto"}),
     ("methods", "LIST", "of ap,atp,relp,twopoint,ig and sets of rules, such as ln+ah", {"ioi": "ap,atp,relp", "sva": "ap,atp,relp,ig"}),
     ("steps", "N", "of Integrated Gradients", 10),
-    ("rules", "RULES", "paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X; two-point: ln2,identity2,half2,attention2", "paper"),
+    ("rules", "RULES", "paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X,temperature=X; two-point: ln2,identity2,half2,attention2", "paper"),
     ("grid", None, "every subset of the rules, and how well each predicts AP", {"ioi": False}),
     ("verify", "K", "AP of the K nodes alone that the best method ranks highest", {"ioi": None}),
     ("structures", "LIST", f"of {','.join(tasks.SVA_STRUCTURES)}", {"sva": ",".join(tasks.SVA_STRUCTURES)}),
@@ -203,7 +203,7 @@ def parse_rules(text: str) -> bool | models.Rules:
             fields[name] = True
         elif name.removesuffix("2") in models.ROWS and name.endswith("2") and not given:
             fields["two_point"] = (*fields.get("two_point", ()), name.removesuffix("2"))
-        elif name in ("epsilon", "gamma"):
+        elif name in ("epsilon", "gamma", "temperature"):
             try:
                 fields[name] = float(value)
             except ValueError:
@@ -212,7 +212,7 @@ def parse_rules(text: str) -> bool | models.Rules:
                 raise ValueError(f"rule {name} needs a positive number, got {item!r}")
         else:
             raise ValueError(
-                f"unknown rule {item!r}: choose paper, none, or from ln, identity, half, ah, epsilon=X, gamma=X, "
+                f"unknown rule {item!r}: choose paper, none, or from ln, identity, half, ah, epsilon=X, gamma=X, temperature=X, "
                 + ", ".join(f"{row}2" for row in models.ROWS)
             )
     if "epsilon" in fields and "gamma" in fields:

@@ -47,6 +47,7 @@ class Rules:
     ah: bool = False
     epsilon: float | None = None  # linear layers: the 0-rule, unless epsilon or gamma is given
     gamma: float | None = None
+    temperature: float | None = None  # of the softmax on the way back, as in GIM (Edin et al. 2025); for comparison
     two_point: tuple[str, ...] = ()  # of ROWS: those that are taken from the second column, whatever is said above
     tape: "Tape | None" = None  # what they need of the patch run (see Tape)
 
@@ -103,26 +104,29 @@ def identity_rule(x: Tensor, gate, on: bool, twin=alone) -> Tensor:
     return through(y, x * torch.where(near, g, (y_patch - y.detach()) / torch.where(near, 1, dx)))
 
 
-def half_rule(a: Tensor, b: Tensor, on: bool, twin=alone, product=torch.mul, y: Tensor | None = None) -> Tensor:
+def half_rule(a: Tensor, b: Tensor, on: bool, twin=alone, product=torch.mul) -> Tensor:
     """Half-rule for multiplicative gates: 0.5 a*b + [0.5 a*b]_const.
 
     Two-point, and so for the two products of attention: a*[b]_const + [a']_const*b, a going first to its new value and
     then b. (The mean of both orders is as exact. But where the patch run exchanges two values, their means are equal, and
     nothing is left for q and k.)
     """
-    y, a_patch = product(a, b) if y is None else y, twin(a)
+    y, a_patch = product(a, b), twin(a)
     if a_patch is not None:
         return through(y, product(through(a_patch, a), b))
     return through(y, 0.5 * y) if on else y
 
 
-def softmax_rule(scores: Tensor, hidden: Tensor, twin=alone) -> Tensor:
-    """The attention pattern. It has a two-point rule alone: the softmax's derivative at the mean of both runs' scores."""
+def softmax_rule(scores: Tensor, hidden: Tensor, temperature: float | None = None, twin=alone) -> Tensor:
+    """The attention pattern. Table 1 has no rule for it; at a temperature T, the derivative is that of the softmax of x / T.
+
+    Two-point: the derivative at the mean of both runs' scores.
+    """
     softmax = lambda x: x.masked_fill(hidden, -torch.inf).softmax(-1)
-    scores_patch = twin(scores)
-    if scores_patch is None:
-        return softmax(scores)
-    return through(softmax(scores), softmax(through(mid(scores, scores_patch), scores)))
+    pattern, scores_patch = softmax(scores), twin(scores)
+    if scores_patch is not None:
+        return through(pattern, softmax(through(mid(scores, scores_patch), scores)))
+    return pattern if temperature is None else through(pattern, temperature * softmax(scores / temperature))
 
 
 def ah_rule(pattern: Tensor, on: bool) -> Tensor:
@@ -296,19 +300,23 @@ class Attention(nn.Module):
         if c.n_kv_heads < c.n_heads:
             k, v = (y.repeat_interleave(c.n_heads // c.n_kv_heads, dim=2) for y in (k, v))
         hidden = unseen(first, q.shape[1], k.shape[1], self.window, x.device)
-        z, twin = None, run.twin("attention")
+        kernel, twin = None, run.twin("attention")
         if c.attn_softcap is None and not run.wants("pattern"):  # one kernel; the pattern is constant where q and k are
             by_head = lambda y: y.transpose(1, 2)  # [b, h, t, d_head] and back
             qkv = by_head(ah_rule(q, run.rules.ah)), by_head(ah_rule(k, run.rules.ah)), by_head(v)
-            z = by_head(F.scaled_dot_product_attention(*qkv, ~hidden.squeeze(1), scale=c.attn_scale))
-        if z is None or twin is not alone:
-            dots = lambda q, k: upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * c.attn_scale
+            z = kernel = by_head(F.scaled_dot_product_attention(*qkv, ~hidden.squeeze(1), scale=c.attn_scale))
+        if kernel is None or twin is not alone or run.rules.temperature is not None:
             mix = lambda pattern, v: torch.einsum("bqhk,bkhd->bqhd", pattern, v)
-            scores = softcap(half_rule(q, k, False, twin, dots), c.attn_softcap)
-            pattern = softmax_rule(scores, hidden, twin).to(x.dtype)
+            pattern = softmax_rule(self.scores(q, k, twin), hidden, run.rules.temperature, twin).to(x.dtype)
             pattern = run("pattern", ah_rule(pattern, run.rules.ah))  # [b, query, h, key]
-            z = half_rule(pattern, v, False, twin, mix, z)
+            z = half_rule(pattern, v, False, twin, mix)
+            z = z if kernel is None else through(kernel, z)  # the same logits to the last bit
         return self.o(run("z", z).flatten(-2), run)  # z [b, t, n_heads, d_head]
+
+    def scores(self, q: Tensor, k: Tensor, twin=alone) -> Tensor:
+        """[b, query, h, key] of q and k [b, t, n_heads, d_head]; no key is hidden yet."""
+        dots = lambda q, k: upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * self.c.attn_scale
+        return softcap(half_rule(q, k, False, twin, dots), self.c.attn_softcap)
 
 
 def unseen(first: int, n_queries: int, n_keys: int, window: int | None, device) -> Tensor:

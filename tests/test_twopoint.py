@@ -51,7 +51,7 @@ RULES = {  # rule(inputs..., twin), and the function that it is a rule for
     **{act: (lambda x, twin=models.alone, g=gate: models.identity_rule(x, g, False, twin), 1) for act, gate in models.GATES.items()},
     "gate": (lambda a, b, twin=models.alone: models.half_rule(a, b, False, twin), 2),
     "matrix product": (lambda a, b, twin=models.alone: models.half_rule(a, b, False, twin, lambda a, b: a @ b.T), 2),
-    "softmax": (lambda x, twin=models.alone: models.softmax_rule(x @ x.detach().T, HIDDEN[:5, :5], twin), 1),
+    "softmax": (lambda x, twin=models.alone: models.softmax_rule(x @ x.detach().T, HIDDEN[:5, :5], None, twin), 1),
 }  # fmt: skip
 
 
@@ -105,9 +105,18 @@ def test_softmax_derivative_at_the_mean_score(xs):
     scores, patch, signal = 3 * torch.randn(3, 6, 6, dtype=torch.float64, generator=g)
     p = ((scores + patch) / 2).masked_fill(HIDDEN, -torch.inf).softmax(-1)
     wanted = p * (signal - (p * signal).sum(-1, keepdim=True))
-    got = rho(lambda s: models.softmax_rule(s, HIDDEN, given(patch)), scores, signal)
+    got = rho(lambda s: models.softmax_rule(s, HIDDEN, None, given(patch)), scores, signal)
     torch.testing.assert_close(got, wanted)
     assert (got - rho(lambda s: models.softmax_rule(s, HIDDEN), scores, signal)).abs().max() > 0.01
+
+
+def test_softmax_temperature(xs):
+    """Not a two-point rule, but beside it: the derivative of the softmax of x / T (as GIM has it, without 1 / T)."""
+    scores, signal = torch.randn(2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    p = (scores / 3).masked_fill(HIDDEN, -torch.inf).softmax(-1)
+    got = rho(lambda s: models.softmax_rule(s, HIDDEN, 3.0), scores, signal)
+    torch.testing.assert_close(got, p * (signal - (p * signal).sum(-1, keepdim=True)))
+    assert torch.equal(models.softmax_rule(scores, HIDDEN, 3.0), models.softmax_rule(scores, HIDDEN))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -118,7 +127,7 @@ def test_logits_are_bit_identical(name, dtype, checkpoint, pair):
     with torch.no_grad():
         plain = [model(tokens) for tokens in (original, patch)]
     alone = (Rules(True, True, True, two_point=(row,)) for row in ROWS)
-    for rules in (TWO_POINT[model.config.family], *alone, Rules(ah=True, two_point=ROWS)):
+    for rules in (TWO_POINT[model.config.family], *alone, Rules(ah=True, two_point=ROWS), Rules(temperature=2.0)):
         rules = rules.taped()
         with torch.no_grad():
             assert torch.equal(model(patch, rules), plain[1])
@@ -231,3 +240,17 @@ def test_the_tape_notices_and_rules_without_one_are_refused(checkpoint, pair):
         model(original, lrp=TWO_POINT["gpt2"])
     with pytest.raises(ValueError, match="no two-point rule for 'attn'"):
         Rules(two_point=("attn",))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_temperature_reaches_q_and_k_alone(name, checkpoint, pair):
+    """In the whole model: as without it at T = 1, and otherwise where the pattern is not constant."""
+    model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
+    rho = lambda **rules: relp.coefficients(model, pair[0], pair[2], ("q", "z"), lrp=Rules(**rules))[1]
+    plain, one, two, ah = rho(), rho(temperature=1.0), rho(temperature=2.0), rho(temperature=2.0, ah=True)
+    last = model.config.n_layers - 1
+    for key in plain:
+        torch.testing.assert_close(one[key], plain[key])
+        if key[0] == "q":
+            assert (two[key] - plain[key]).abs().max() > 1e-6 and (ah[key] == 0).all()
+    torch.testing.assert_close(two["z", last], plain["z", last])
