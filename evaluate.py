@@ -39,13 +39,20 @@ MEASURES = {  # of relp.agreement, shown below the table; all are in summary.jso
     "slope": "slope",
     "false_negative": "worst miss",
 }
-LABELS = {"ap": "AP", "atp": "AtP", "relp": "RelP", "twopoint": "two-point", "ig": "IG"}
+LABELS = {"ap": "AP", "atp": "AtP", "atp*": "AtP*", "relp": "RelP", "twopoint": "two-point", "ig": "IG"}
 SAES = {  # of a model, where none are named
     "toy-neox": str(Path(__file__).parent / "toy" / "saes" / "neox"),
     "pythia-70m-deduped": "saprmarks/pythia-70m-deduped-saes",
     "EleutherAI/pythia-70m-deduped": "saprmarks/pythia-70m-deduped-saes",
 }
-COLORS = {"ap": "#222222", "atp": "#9aa0a6", "relp": "#1f6fb4", "twopoint": "#2a9d5c", "ig": "#e08a1e"}
+COLORS = {
+    "ap": "#222222",
+    "atp": "#9aa0a6",
+    "atp*": "#5f6368",
+    "relp": "#1f6fb4",
+    "twopoint": "#2a9d5c",
+    "ig": "#e08a1e",
+}
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,7 +87,7 @@ OPTIONS = [
     ("corruption", "swap|s2", "exchange both names, or the second mention alone", {"ioi": "swap"}),
     ("metric", "|".join(relp.METRICS), "what is patched for", "logit_diff"),
     ("nodes", "LIST", f"of {','.join(PATCHABLE)}", {"ioi": ",".join(NODES), "sva": "auto"}),
-    ("methods", "LIST", "of ap,atp,relp,twopoint,ig and sets of rules, such as ln+ah", {"ioi": "ap,atp,relp", "sva": "ap,atp,relp,ig"}),
+    ("methods", "LIST", "of ap,atp,atp*,relp,twopoint,ig and sets of rules, such as ln+ah", {"ioi": "ap,atp,relp", "sva": "ap,atp,relp,ig"}),
     ("steps", "N", "of Integrated Gradients", 10),
     ("rules", "RULES", "paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X,temperature=X; two-point: ln2,identity2,half2,attention2", "paper"),
     ("grid", None, "every subset of the rules, and how well each predicts AP", {"ioi": False}),
@@ -159,6 +166,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.rules = parse_rules(args.rules)
     choices("metric", args.metric, relp.METRICS, single=True)
     choices("dtype", args.dtype, DTYPES, single=True)
+    if args.task == "sva" and "atp*" in args.methods:
+        raise ValueError("AtP*'s fix is one of q and k: it has no meaning with --task sva")
     if args.verify:
         args.methods = [method for method in args.methods if method != "ap"]
     if args.grid:
@@ -407,7 +416,9 @@ def score(
             for method in methods:
                 bar.set_description(f"{name} {label_of(method)}")
                 began = time.perf_counter()
-                if method != "ap":
+                if method == "atp*":
+                    scores = relp.attribute_star(model, *batch, args.nodes, metric)
+                elif method != "ap":
                     scores = relp.attribute(model, *batch, args.nodes, metric, **method_options(method, model, args))
                 elif not (scores := earlier(mine, values.cpu().numpy(), batch[0].shape[1])):
                     how = {"rows": runs, "lockstep": args.shard}

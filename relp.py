@@ -152,6 +152,46 @@ def attribute(
     return by_layer(model, nodes, score)
 
 
+def attribute_star(
+    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff
+) -> dict[str, Tensor]:
+    """AtP with the QK fix of AtP* [18]: for q and k the softmax is computed, not linearised; else it is attribute().
+
+    score(q) = (pattern with that position's q from the patch run - pattern) . rho(pattern), and k alike. Needs, beside
+    what attribute() does, model.blocks[layer].attn with its scores(q, k) and window, as models.Transformer has it.
+    """
+    check(model, original, patch, answers, nodes)
+    names = [name for name in nodes if PARTS_OF.get(name, name) in ("q", "k")]
+    result = (
+        attribute(model, original, patch, answers, [n for n in nodes if n not in names], metric)
+        if len(names) < len(nodes)
+        else {}
+    )
+    acts, rho = coefficients(model, original, answers, ("q", "k", "pattern"), metric)
+    _, patch_acts = record(model, patch, ("q", "k"))
+    fixed = {}
+    for layer in range(model.config.n_layers):
+        attn, (q, k, q_patch, k_patch) = (
+            model.blocks[layer].attn,
+            (a[n, layer].detach() for a in (acts, patch_acts) for n in "qk"),
+        )
+        groups = q.shape[2] // k.shape[2]  # query heads that share one key head
+        pattern, r = acts["pattern", layer].detach(), rho["pattern", layer]  # [batch, query, head, key]
+        scores = lambda q, k: attn.scores(q, k.repeat_interleave(groups, dim=2)).to(r.dtype)
+        s, s_k = scores(q, k), scores(q, k_patch)
+        by_q = scores(q_patch, k).masked_fill(pattern == 0, -torch.inf).softmax(-1) - pattern
+        fixed["q", layer] = (by_q * r).sum(-1)
+        # one key changes one score of a row: its weight grows by the factor `growth`, all are divided by the new sum
+        growth = (s_k - s).clamp(max=60).exp()
+        total = 1 + pattern * (growth - 1)
+        others = (pattern * r).sum(-1, keepdim=True) - pattern * r
+        by_k = pattern * (growth / total - 1) * r + (1 / total - 1) * others
+        fixed["k", layer] = by_k.sum(1).transpose(1, 2).unflatten(2, (-1, groups)).sum(3)  # [batch, key, key head]
+    of = lambda name, key: fixed[key] if name in PARTS_OF else fixed[key].sum(-1)
+    result |= by_layer(model, names, of)
+    return {name: result[name] for name in nodes}
+
+
 def difference(original: Tensor, patch: Tensor) -> Tensor:
     """node(x_patch) - node(x_original), in float32 or better."""
     dtype = torch.promote_types(original.dtype, torch.float32)

@@ -315,3 +315,30 @@ def test_bad_input_is_named(what, change, checkpoint, pair):
         relp.attribute(model, *change(*pair), ("resid_pre",))
     with pytest.raises(ValueError, match="unknown node 'resid'"):
         relp.attribute(model, *pair, ("resid",))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_qk_fix(name, checkpoint, pair):
+    """AtP*: the pattern is that of a run with this q, or this k, patched; times the pattern's gradient. Other nodes are AtP's."""
+    model, nodes = (
+        from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64),
+        ["head_q", "head_k", "q", "k", "mlp_out"],
+    )
+    got = relp.attribute_star(model, *pair, nodes)
+    assert list(got) == nodes
+    acts, rho = relp.coefficients(model, pair[0], pair[2], ("q", "k", "pattern"))
+    _, patch_acts = relp.record(model, pair[1], ("q", "k"))
+    for node in "qk":
+        for layer in range(model.config.n_layers):
+            for pos in (0, 3, 5, 8):
+                for head in range(acts[node, layer].shape[2]):
+                    value = acts[node, layer].detach().clone()
+                    value[:, pos, head] = patch_acts[node, layer][:, pos, head]
+                    _, moved = relp.record(model, pair[0], ("q", "k", "pattern"), replace={(node, layer): value})
+                    wanted = ((moved["pattern", layer] - acts["pattern", layer].detach()) * rho["pattern", layer]).sum(
+                        (1, 2, 3)
+                    )
+                    torch.testing.assert_close(got[f"head_{node}"][:, layer, pos, head], wanted, atol=1e-10, rtol=1e-8)
+        assert got[f"head_{node}"].abs().max() > 1e-4
+        torch.testing.assert_close(got[node], got[f"head_{node}"].sum(-1))
+    torch.testing.assert_close(got["mlp_out"], relp.attribute(model, *pair, ["mlp_out"])["mlp_out"])
