@@ -107,9 +107,9 @@ def identity_rule(x: Tensor, gate, on: bool, twin=alone) -> Tensor:
 def half_rule(a: Tensor, b: Tensor, on: bool, twin=alone, product=torch.mul) -> Tensor:
     """Half-rule for multiplicative gates: 0.5 a*b + [0.5 a*b]_const.
 
-    Two-point, and so for the two products of attention: a*[b]_const + [a']_const*b, a going first to its new value and
-    then b. (The mean of both orders is as exact. But where the patch run exchanges two values, their means are equal, and
-    nothing is left for q and k.)
+    Two-point, and so for the product of pattern and values: a*[b]_const + [a']_const*b, a going first to its new value
+    and then b. (The mean of both orders is as exact. But where the patch run exchanges two values, their means are equal,
+    and nothing is left for the pattern.)
     """
     y, a_patch = product(a, b), twin(a)
     if a_patch is not None:
@@ -307,16 +307,15 @@ class Attention(nn.Module):
             z = kernel = by_head(F.scaled_dot_product_attention(*qkv, ~hidden.squeeze(1), scale=c.attn_scale))
         if kernel is None or twin is not alone or run.rules.temperature is not None:
             mix = lambda pattern, v: torch.einsum("bqhk,bkhd->bqhd", pattern, v)
-            pattern = softmax_rule(self.scores(q, k, twin), hidden, run.rules.temperature, twin).to(x.dtype)
+            pattern = softmax_rule(self.scores(q, k), hidden, run.rules.temperature, twin).to(x.dtype)
             pattern = run("pattern", ah_rule(pattern, run.rules.ah))  # [b, query, h, key]
             z = half_rule(pattern, v, False, twin, mix)
             z = z if kernel is None else through(kernel, z)  # the same logits to the last bit
         return self.o(run("z", z).flatten(-2), run)  # z [b, t, n_heads, d_head]
 
-    def scores(self, q: Tensor, k: Tensor, twin=alone) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """[b, query, h, key] of q and k [b, t, n_heads, d_head]; no key is hidden yet."""
-        dots = lambda q, k: upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * self.c.attn_scale
-        return softcap(half_rule(q, k, False, twin, dots), self.c.attn_softcap)
+        return softcap(upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * self.c.attn_scale, self.c.attn_softcap)
 
 
 def unseen(first: int, n_queries: int, n_keys: int, window: int | None, device) -> Tensor:

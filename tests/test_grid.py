@@ -2,12 +2,11 @@
 
 import itertools
 import json
-import re
 
 import numpy as np
 import pytest
 import torch
-from test_evaluate import NODES, results, run, tiny  # noqa: F401, the fixtures
+from test_evaluate import results, run, tiny  # noqa: F401, the fixtures
 
 import evaluate
 import models
@@ -34,9 +33,7 @@ def of_length(pairs):
 
 def test_methods_may_be_sets_of_rules(tiny, results, setting):  # noqa: F811
     methods = "ap,atp,atp*,relp,twopoint,ig,ln+ah,half2+attention2,temperature=2+identity,epsilon=0.1"
-    summary, scores = results(
-        tiny["gemma2"], "--n", 4, "--methods", methods, "--steps", 3, "--nodes", "q,mlp_out,head,neuron"
-    )
+    summary, scores = results(tiny["gemma2"], "--n", 4, "--methods", methods, "--steps", 3, "--nodes", "q,mlp_out,head")
     model, pairs = setting("gemma2", 4)
     options = {
         "atp": {},
@@ -50,7 +47,7 @@ def test_methods_may_be_sets_of_rules(tiny, results, setting):  # noqa: F811
     }
     assert list(summary["pcc"]) == [*("atp", "atp*", "relp", "twopoint", "ig"), *list(options)[4:]]
     for rows, batch in of_length(pairs):
-        nodes = ["q", "mlp_out", "head", "neuron"]
+        nodes = ["q", "mlp_out", "head"]
         wanted = {m: relp.attribute(model, *batch, nodes, **how) for m, how in options.items()}
         wanted["atp*"] = relp.attribute_star(model, *batch, nodes)
         wanted["ap"] = relp.activation_patching(model, *batch, nodes)
@@ -61,13 +58,6 @@ def test_methods_may_be_sets_of_rules(tiny, results, setting):  # noqa: F811
                 assert got == pytest.approx(value.numpy(), abs=1e-4 * float(value.abs().max()))
     assert np.abs(scores["atp*_q"] - scores["atp_q"])[~np.isnan(scores["atp_q"])].max() > 1e-6
     assert np.array_equal(scores["atp*_head"], scores["atp_head"], equal_nan=True)
-
-
-def grid_table(out):
-    """The printed lines of the grid: [(rules, [numbers], mark)]."""
-    lines = out.split("PCC with AP by rules")[1].split("what a rule adds")[0].splitlines()[1:]
-    rows = [re.match(r"  (\S+) +((?:-?[\d.]+|nan) +)+.*?\]?  ?(.*)$", line) for line in lines if line.strip()]
-    return [(line.split()[0], line) for line in lines if line.strip()], rows
 
 
 @pytest.mark.parametrize(
@@ -113,7 +103,8 @@ def test_grid(name, flags, tiny, run, setting, tmp_path, monkeypatch):  # noqa: 
         ]
         assert of["on average"][0] == pytest.approx(np.mean([mean(a) - mean(b) for a, b in pairs_of_sets]))
 
-    rows, _ = grid_table(out)
+    table = out.split("PCC with AP by rules")[1].split("what a rule adds")[0].splitlines()[1:]
+    rows = [(line.split()[0], line) for line in table if line.strip()]
     assert sorted(label for label, _ in rows) == sorted(labels)
     assert [mean(label) for label, _ in rows] == sorted((mean(label) for label in labels), reverse=True)
     marked = {label: line for label, line in rows}

@@ -140,7 +140,7 @@ def test_logits_are_bit_identical(name, dtype, checkpoint, pair):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("shown", [False, True], ids=["kernel", "pattern shown"])
 def test_attention_by_hand(name, shown, checkpoint):
-    """Attention written out: q goes first, then k, then the softmax at the mean score, then the pattern, then v."""
+    """Attention written out: the softmax at the mean score; the pattern goes first, then v."""
     model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
     attn, c, g = model.blocks[1].attn, model.config, torch.Generator().manual_seed(5)
     x, x_patch, signal = torch.randn(3, 2, 7, c.d_model, dtype=torch.float64, generator=g)
@@ -167,7 +167,7 @@ def test_attention_by_hand(name, shown, checkpoint):
     (q1, k1, v1), x = inputs(x_patch), x.clone().requires_grad_()
     q, k, v = inputs(x)
     s0, s1 = scores(q, k).detach(), scores(q1, k1).detach()
-    by_parts = dots(q, k.detach()) + dots(q1.detach(), k)  # the value is of no interest, its gradient is
+    by_parts = dots(q, k)  # the value is of no interest, its gradient is
     cap = 1 if c.attn_softcap is None else 1 - (s0 / c.attn_softcap).square()
     p = softmax((s0 + s1) / 2)
     moved = cap * by_parts
