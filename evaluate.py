@@ -105,6 +105,7 @@ OPTIONS = [
     ("shard", None, "under torchrun: share the weights out over the processes as well", {"ioi": False}),
     ("out", "DIR", "where the results go", "results"),
     ("no-bos", None, "put no BOS token in front of the prompts", False),
+    ("audit", None, "print which rule was applied to which modules; summary.json has it always", False),
     ("no-plot", None, "draw nothing", False),
 ]  # fmt: skip
 
@@ -313,6 +314,7 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
     )
     folder = Path(args.out) / f"{slug(name)}-{slug(Path(args.prompts).stem) if args.prompts else args.task}"
     folder.mkdir(parents=True, exist_ok=True)
+    audited, conserved = audit(model, pairs, args)
     scores, differs, values, seconds = score(name, model, pairs, args, folder, args.methods)
     groups = [p.group for p in pairs]
     pcc, differences = correlations(scores, differs, groups, args)
@@ -330,6 +332,8 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
         "pcc": pcc,
         "differences": differences,
         "rules": dataclasses.asdict(model.rules(args.rules)),
+        "audit": audited,
+        "conservation": conserved,
         "seconds": seconds,
         **circumstances(args),
     }
@@ -342,7 +346,10 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
         save(folder / "summary.json", lambda file: file.write(json.dumps(without_nan(summary), indent=1).encode()))
         if not args.no_plot:
             save(folder / "heatmaps.png", lambda file: draw_heatmaps(file, name, scores, pairs, args))
+            if conserved:
+                save(folder / "conservation.png", lambda file: draw_conservation(file, name, conserved))
         print_table(name, summary, args)
+        print_audit(audited, args.audit)
     if args.grid:
         grid(name, model, pairs, scores, args, folder)
     if args.verify:
@@ -376,6 +383,16 @@ def method_options(method: str, model, args: argparse.Namespace) -> dict:
     two_point = models.TWO_POINT[model.config.family]
     known = {"atp": {}, "relp": {"lrp": args.rules}, "twopoint": {"lrp": two_point}, "ig": {"steps": args.steps}}
     return known[method] if method in known else {"lrp": parse_rules(method.replace("+", ","))}
+
+
+def audit(model, pairs: list[tasks.Pair], args: argparse.Namespace) -> tuple[dict, dict | None]:
+    """models.audit's report for each method that has rules, and relp.conservation's of RelP, on up to four prompts of one length."""
+    original, patch, answers = tensors([pairs[i] for i in next(batches(pairs, 4))], args.device)
+    rules = {method: method_options(method, model, args).get("lrp") for method in args.methods if method != "ap"}
+    reports = {method: models.audit(model, original, lrp, patch) for method, lrp in rules.items() if lrp is not None}
+    if "relp" not in reports or model.rules(rules["relp"]).two_point:
+        return reports, None
+    return reports, relp.conservation(model, original, answers, relp.METRICS[args.metric], rules["relp"])
 
 
 def prompt_pairs(name: str, model, args: argparse.Namespace) -> list[tasks.Pair]:
@@ -754,6 +771,20 @@ def print_table(name: str, summary: dict, args: argparse.Namespace) -> None:
             row(label, [f" {' / '.join(values)}" for values in each])
 
 
+def print_audit(reports: dict, whole: bool) -> None:
+    """Per method, a line for every rule and module kind; if not whole, those alone that say of a rule that it has nothing to do."""
+    for method, report in reports.items():
+        if whole:
+            print(f"  audit of {label_of(method)} (without a rule: {', '.join(report['no rule']) or 'nothing'})")
+        for rule, of in report["rules"].items():
+            label = rule if isinstance(of["requested"], bool) else f"{rule}={of['requested']:g}"
+            if not of["applied"] and (whole or method != "twopoint"):  # two-point: the same for every family
+                print(f"    {label:20}is not applicable: {label_of(method)} meets no gate here")
+            for what, end in (("applied", ""), ("unseen", "   by less than rounding")) if whole else ():
+                for kind, calls in of.get(what, {}).items():
+                    print(f"    {label:20}{kind:12}{calls:4}{end}")
+
+
 def short(value: float, *interval: float, sign: str = " ") -> str:
     """A number and its interval, as in " .932 [.921 .945]"; with sign "+", as in "+.088 [+.077 +.108]"."""
     text = lambda x, sign: re.sub(r"\b0\.", ".", f"{x:{sign}.3f}")
@@ -869,6 +900,29 @@ def draw_heatmaps(file, name: str, scores: dict, pairs: list[tasks.Pair], args: 
     figure.savefig(file, format="png", dpi=130)
 
 
+def draw_conservation(file, name: str, report: dict) -> None:
+    """A bar per layer that adds up to the metric: what the stream there keeps of it, and what was lost on the way, to what."""
+    from matplotlib.figure import Figure
+
+    lost = {kind: np.cumsum(losses[::-1])[::-1] for kind, losses in report["lost"].items()}  # backward from the metric
+    parts = {"kept": np.array(report["kept"])} | {k: lost[k] for k in sorted(lost) if np.abs(lost[k]).max() > 1e-3}
+    figure = Figure(figsize=(4.4 + 0.35 * len(report["kept"]), 3.4), layout="constrained")
+    ax, up, down = figure.subplots(), 0, 0
+    kinds = ["kept", "Attention", "biases", "MLP", "LayerNorm", "RMSNorm", "Linear", "unembedding", "residual"]
+    for label, heights in parts.items():  # one colour for a kind in all figures
+        bottom, color = np.where(heights > 0, up, down), f"C{kinds.index(label)}"
+        ax.bar(range(len(heights)), heights, 0.8, bottom, label="lost to " * (label != "kept") + label, color=color)
+        up, down = up + np.maximum(heights, 0), down + np.minimum(heights, 0)
+    ax.axhline(1, color="black", linewidth=0.6, linestyle="--")
+    ax.axhline(0, color="black", linewidth=0.6)
+    ax.set_xticks(range(len(heights)), [*range(len(heights) - 1), "end"], fontsize=8)
+    ax.set_xlabel("residual stream ahead of layer")
+    ax.set_ylabel("fraction of the metric")
+    ax.set_title(f"{name}: relevance, {report['prompts']} prompts", fontsize=10)
+    figure.legend(loc="outside right upper", fontsize=8, title="(lost below 0: gained)", title_fontsize=8)
+    figure.savefig(file, format="png", dpi=130)
+
+
 def draw_pcc(file, summaries: list[dict], args: argparse.Namespace) -> None:
     """The paper's Figure 1: PCC with AP, a panel per node kind, the methods side by side for each model, with 95 % intervals."""
     from matplotlib.figure import Figure
@@ -977,6 +1031,7 @@ def evaluate_circuits(name: str, args: argparse.Namespace) -> dict:
     folder = Path(args.out) / f"{slug(name)}-{slug(Path(args.prompts).stem) if args.prompts else args.task}"
     folder.mkdir(parents=True, exist_ok=True)
 
+    audited, _ = audit(model, next(iter(structures.values()))[0], args)
     found = {}
     for structure, (discovery, held_out) in structures.items():
         scores, costs, agreement = unit_scores(f"{name} {structure}", model, discovery, units, args)
@@ -993,9 +1048,11 @@ def evaluate_circuits(name: str, args: argparse.Namespace) -> dict:
     for file in folder.glob("circuit-*.json"):  # of structures that an earlier run had
         if file.stem.removeprefix("circuit-") not in found:
             file.unlink()
-    summary = {"model": name, "task": args.task, "saes": source, **summarise(found, args), **circumstances(args)}
+    about = {"model": name, "task": args.task, "saes": source, "audit": audited}
+    summary = {**about, **summarise(found, args), **circumstances(args)}
     save(folder / "summary.json", lambda file: file.write(json.dumps(without_nan(summary), indent=1).encode()))
     print_circuits(summary, args)
+    print_audit(audited, args.audit)
     if not args.no_plot:
         save(folder / "faithfulness.png", lambda file: draw_faithfulness(file, name, found, args))
         save(folder / "circuits.png", lambda file: draw_circuits(file, name, found, args))

@@ -6,7 +6,7 @@
     logits = model(tokens, hook=hook)              # every named node of the graph passes through hook(name, layer, value)
 
 Read it from the top: the rules (Table 1 of the RelP paper), the pieces, one block per data flow, the
-transformer, then the loading of Hugging Face checkpoints, sparse autoencoders and tokenizers.
+transformer, then the loading of Hugging Face checkpoints, sparse autoencoders and tokenizers, then an audit of the rules.
 
 Shapes: b batch, t pos, h head, d d_model (or d_head behind an h). Every node is [batch, pos, ...].
 """
@@ -17,9 +17,10 @@ import math
 import re
 import unicodedata
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, fields, replace
 from functools import reduce
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -1427,3 +1428,266 @@ def _ranked_pieces(model: dict, byte_level: bool, skip: set[str]) -> dict[bytes,
                 raise ValueError(f"ignore_merges is on, but no merge makes {token!r}, though two tokens could")
         pieces |= {piece: [vocab[token]] for piece, token in unmerged.items()}
     return pieces
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The audit: are the rules in use those that were asked for? No word of the model's counts, only the gradients that come
+# out. A forward pass is cut into pieces: norms, linear layers, the core of attention (from q, k and v to o) and of the MLP
+# (from gate and up to down), a block's sum, the unembedding. A random signal c goes back through each piece, and must
+# arrive as a formula says that is written here by hand and calls no rule.
+#
+# A formula takes the module, its inputs x in this run and x2 in the patch run (the same without one), output y, signal c
+# and the rules that are on, as the command names them (ln2: the two-point LN-rule). It returns one gradient per input.
+
+
+def norm_gradient(m, x, x2, y, c, on):
+    """c w / s; two-point, the mean of both runs' 1 / s; without a rule - h mean(c w h) / s^3 too, through the scale."""
+    centred = lambda x: x if hasattr(m, "offset") else x - x.mean(-1, keepdim=True)  # an RMSNorm has an offset
+    size = lambda h: (h.square().mean(-1, keepdim=True) + m.eps).sqrt()
+    h, h2, g = centred(x[0]), centred(x2[0]), c * (upcast(m.weight) + getattr(m, "offset", 0))
+    if "ln2" in on:
+        return [centred(g * (1 / size(h) + 1 / size(h2)) / 2)]
+    return [centred(g / size(h) - ("ln" not in on) * h * (g * h).mean(-1, keepdim=True) / size(h) ** 3)]
+
+
+def mlp_gradient(m, x, x2, y, c, on):
+    """c act'(a), under a rule c gate(a) or c times the secant; times the other factor, and half of it, where there is one."""
+    act, a, a2, d = lambda x: x * m.act(x), x[0].cpu().double(), x2[0].cpu().double(), 1e-5
+    slope = (act(a + d) - act(a - d)) / (2 * d)  # by differences, which see through a detach
+    if "identity" in on or "identity2" in on:
+        slope = m.act(a)
+    if "identity2" in on:
+        near = (a2 - a).abs() < torch.finfo(c.dtype).eps ** 0.5
+        slope = torch.where(near, slope, (act(a2) - act(a)) / torch.where(near, 1, a2 - a))
+    if m.gate is None:
+        return [c * slope.to(c)]
+    first, share = (act(a2), 1) if "half2" in on else (act(a), 0.5 if "half" in on else 1)
+    return [share * c * x[1] * slope.to(c), share * c * first.to(c)]
+
+
+def attention_gradient(m, x, x2, y, c, on):
+    """dP = c v, dS = P (dP - P . dP), dq = dS k, dk = dS q, dv = P c; two-point, P in dS is that at both runs' mean scores,
+    and in dv the patch run's; at a temperature T, P in dS is that of the scores / T."""
+
+    def heads(x):
+        q, k, v = (x.unflatten(-1, (-1, m.c.d_head)) for x in x)
+        k, v = (x.repeat_interleave(m.c.n_heads // m.c.n_kv_heads, dim=2) for x in (k, v))
+        return rotate(q, 0, m.c), rotate(k, 0, m.c), v
+
+    leaves = [cut(x) for x in x]
+    q, k, v = heads(leaves)
+    q2, k2, _ = heads(x2)
+    scores = lambda q, k: softcap(torch.einsum("bqhd,bkhd->bqhk", q, k) * m.c.attn_scale, m.c.attn_softcap)
+    s, s2 = scores(q, k), scores(q2, k2) if "attention2" in on else scores(q, k)
+    hidden = unseen(0, q.shape[1], q.shape[1], m.window, q.device)
+    middle = s / on["temperature"] if "temperature" in on else (s + s2) / 2
+    pattern, pattern2 = (s.masked_fill(hidden, -torch.inf).softmax(-1) for s in (middle, s2))
+    c = c.unflatten(-1, (-1, m.c.d_head))
+    d = torch.einsum("bqhd,bkhd->bqhk", c, v)
+    d = pattern * (d - (pattern * d).sum(-1, keepdim=True)) * m.c.attn_scale * ("ah" not in on)
+    d = d if m.c.attn_softcap is None else d * (1 - (s / m.c.attn_softcap).square())
+    into = [("bqhk,bkhd->bqhd", d, k), ("bqhk,bqhd->bkhd", d, q), ("bqhk,bqhd->bkhd", pattern2, c)]
+    owed = [torch.einsum(*product).detach() for product in into]
+    return torch.autograd.grad((q, k, v), leaves, owed)  # back through the rotation and the shared heads
+
+
+def linear_gradient(m, x, x2, y, c, on):
+    """c W; the epsilon-rule passes y / (y + epsilon sign y) of it; the gamma-rule divides y among z_ij + gamma z_ij^(sign of y)."""
+    x, weight, bias = x[0], upcast(m.weight), 0 if m.bias is None else upcast(m.bias)
+    if "epsilon" in on or "gamma" not in on:
+        return [(c * y.abs() / (y.abs() + on["epsilon"]) if "epsilon" in on else c) @ weight]
+    gradient, more = torch.zeros_like(x), lambda z, y: 1 + on["gamma"] * (z * y > 0)
+    for i in map(tuple, c.any(-1).nonzero().tolist()):  # the positions that the signal reaches
+        boosted = weight * more(x[i] * weight, y[i][:, None])
+        total = boosted @ x[i] + bias * more(bias, y[i])
+        gradient[i] = (c[i] * y[i] / torch.where(total == 0, 1, total)) @ boosted * (x[i] != 0)
+    return [gradient]
+
+
+def unembedding_gradient(m, x, x2, y, c, on):
+    """A linear layer's, and the derivative of the softcap behind it. Tokens that the signal does not reach are left out."""
+    used, cap, layer = c.flatten(0, -2).any(0), m.config.logit_softcap, Linear(1, 1, False)
+    weight = (m.unembed_tokens or m.embed_tokens).weight
+    weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # shared out over several processes
+    layer.weight = nn.Parameter(upcast(weight[used]), requires_grad=False)
+    c = c[..., used] if cap is None else c[..., used] * (1 - (y[..., used] / cap).square())
+    return linear_gradient(layer, x, x2, x[0] @ layer.weight.T, c, on)
+
+
+def sum_gradient(m, x, x2, y, c, on):
+    """A block adds what attention and MLP put out to the stream: all three get c."""
+    return [c] * len(x)
+
+
+NORMS = {"LayerNorm": norm_gradient, "RMSNorm": norm_gradient}
+LINEARS = {"Linear": linear_gradient, "Transformer": unembedding_gradient}
+CLAIMS = {  # rule: {module kind that it is for: the gradient owed}; zero is the 0-rule
+    **{"ln": NORMS, "identity": {"MLP": mlp_gradient}, "half": {"MLP": mlp_gradient}},
+    **{"ln2": NORMS, "identity2": {"MLP": mlp_gradient}, "half2": {"MLP": mlp_gradient}},
+    **{rule: {"Attention": attention_gradient} for rule in ("ah", "attention2", "temperature")},
+    **{"zero": LINEARS, "epsilon": LINEARS, "gamma": LINEARS},
+}
+KINDS = {kind: owed for claim in CLAIMS.values() for kind, owed in claim.items()} | {"SequentialBlock": sum_gradient}
+CORES = {"Attention": ("q", "k", "v", "o"), "MLP": ("gate", "up", "down")}  # lie between these and the last of these
+SHOWN = {"Transformer": "unembedding"}
+
+
+def kind_of(m: nn.Module) -> str:
+    """The class that the audit knows m by, else its own. By name, so that a copy of this file is audited as well."""
+    names = [c.__name__ for c in type(m).__mro__]
+    return next((name for name in names if name in KINDS or name in ("Embedding", "ModuleList")), names[0])
+
+
+def cut(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+class Audit:
+    """One audit() at work. A rule's name is the command's: ln2 is the two-point LN-rule; zero, the 0-rule."""
+
+    def __init__(self, model, rules):
+        self.model, self.faults, self.random = model, {}, torch.Generator().manual_seed(0)
+        on = {f.name: getattr(rules, f.name) for f in fields(rules) if f.name not in ("two_point", "tape")}
+        on = {rule: x for rule, x in on.items() if x not in (False, None)}
+        on |= {f"{row}2": True for row in rules.two_point}
+        self.on = on if "epsilon" in on or "gamma" in on else {**on, "zero": True}
+        self.asked = [rule for rule in self.on if f"{rule}2" not in on]
+        self.applied, self.unseen = ({rule: Counter() for rule in self.asked} for _ in range(2))
+        self.parts = [m for part in (*model.blocks, model.ln_f) for m in part.modules() if kind_of(m) in KINDS]
+        self.names = {m: name or "unembedding" for name, m in model.named_modules()}
+        self.seen, self.came, self.leaf = {"patch": {}}, {}, {}  # seen: by run, a module's inputs; as it came; output
+
+    def fault(self, what, where):
+        self.faults.setdefault(what, []).append(where)
+
+    def settle(self):
+        if self.faults:
+            found = "; ".join(f"{what} {', '.join(names)}" for what, names in self.faults.items())
+            raise ValueError(f"the rules in use are not those requested: {found}")
+
+    def run(self, name, tokens, rules) -> Tensor:
+        """The logits of a pass that hooks cut into pieces."""
+        self.now, self.seen[name] = name, {}
+        hooks = [m.register_forward_pre_hook(self.before) for m in self.parts]
+        hooks += [m.register_forward_hook(self.after) for m in self.parts]
+        try:
+            return self.model.unembed(self.model.stream(tokens, rules), rules)
+        finally:
+            for h in hooks:
+                h.remove()
+
+    def before(self, m, args):
+        if self.now == "original" and m is not self.model.blocks[0] and not args[0].requires_grad:
+            self.fault("no gradient passes what lies ahead of", self.names[m])
+        self.came[m] = args[0]
+        return cut(args[0]), *args[1:]
+
+    def after(self, m, args, y):
+        kind, x, out = kind_of(m), [args[0]], y
+        if kind in CORES:
+            *into, last = (getattr(m, name) for name in CORES[kind])
+            x, out = [self.leaf[linear] for linear in into if linear is not None], self.came[last]
+        elif kind == "SequentialBlock":
+            x += [self.leaf[part] for part in (getattr(m, "ln1_post", m.attn), getattr(m, "ln2_post", m.mlp))]
+        self.seen[self.now][m] = [x.detach() for x in x], args[0].detach(), y.detach()
+        if self.now == "original":
+            self.compare(m, x, out, torch.randn(out.shape, generator=self.random).to(out))
+            _, x_plain, y_plain = self.seen["plain"][m]
+            if torch.equal(args[0], x_plain) and not torch.equal(y, y_plain):
+                self.fault("the forward pass is changed in", self.names[m])
+        self.leaf[m] = cut(y)
+        return self.leaf[m]
+
+    def compare(self, m, x, y, c):
+        """The gradients of a piece under the signal c, with those owed, and with those owed under one rule less, or more."""
+        kind, name, rounding = kind_of(m), self.names[m], torch.finfo(x[0].dtype).eps
+        if kind == "Linear":
+            c[:, :-1] = 0  # one position stands for all: the gamma-rule's formula takes its time
+        got = torch.autograd.grad(y, x, c, materialize_grads=True) if y.requires_grad else [x * 0 for x in x]
+        x2 = self.seen["patch"][m][0] if m in self.seen["patch"] else x
+        values = *([upcast(x.detach()) for x in xs] for xs in (x, x2)), upcast(y.detach()), upcast(c)
+        rules = [r for r in CLAIMS if kind in CLAIMS[r] and not (r.startswith("half") and m.gate is None)]
+        mine = [r for r in rules if r in self.asked]
+        may = mine + [r for r in ("ln", "identity", "half", "ah") if r in rules and not {r, f"{r}2"} & self.on.keys()]
+        owed = {
+            switched: KINDS[kind](m, *values, {r: self.on.get(r) for r in self.on.keys() ^ {*switched}})
+            for n in range(len(may) + 1)
+            for switched in combinations(may, n)
+        }
+        distance = lambda a, b: math.hypot(*(float((upcast(p) - q).norm()) for p, q in zip(a, b)))
+        wrong = min(owed, key=lambda switched: distance(got, owed[switched]))  # of those that fit alike, the fewest
+        size, n = distance(owed[()], [torch.zeros_like(w) for w in owed[()]]), sum(w.numel() for w in owed[()])
+        # errors of n numbers partly cancel
+        noise = 8 * size * max(rounding / n**0.5, torch.finfo(values[-1].dtype).eps)
+        visible = [r for r in may if r == "zero" or distance(owed[()], owed[r,]) > noise]
+        for rule in mine:
+            (self.applied if rule in visible else self.unseen)[rule][SHOWN.get(kind, kind)] += 1
+        close = lambda g, w: distance([g], [w]) <= rounding**0.5 * float(w.norm()) + 8 * rounding * size
+        if not all(map(close, got, owed[wrong])):
+            self.fault(f"{' + '.join(mine) or 'no rule'}: not the gradient owed in", name)
+            return
+        for rule in [r for r in wrong if r in visible]:
+            self.fault(f"{rule}: {'changed no gradient' if rule in mine else 'applied unasked'} in", name)
+
+    def report(self) -> dict:
+        def row(rule):
+            unseen = {"unseen": dict(self.unseen[rule])} if self.unseen[rule] else {}
+            return {"requested": self.on[rule], "applied": dict(self.applied[rule])} | unseen
+
+        c, on = self.model.config, lambda *rules: any(rule in self.on for rule in rules)
+        keeps = [
+            ("scale of the norms", not on("ln", "ln2")),
+            ("activation", not on("identity", "identity2")),
+            ("gate", c.gated and not on("half", "half2")),
+            ("softmax of attention", not on("ah", "attention2", "temperature")),
+            ("softcap of attention", c.attn_softcap is not None and not on("ah")),
+            ("softcap of the logits", c.logit_softcap is not None),
+        ]
+        return {"rules": {rule: row(rule) for rule in self.asked}, "no rule": [what for what, does in keeps if does]}
+
+
+def audit(model: Transformer, tokens: Tensor, lrp: bool | Rules = True, patch: Tensor | None = None) -> dict:
+    """Which rules were applied to which modules, how many times, on prompts [batch, pos]; two-point rules need their patch.
+
+    {"rules": {rule: {"requested": its value, "applied": {module kind: calls}}}, "no rule": [what keeps its derivative]}.
+    A Half-rule without gates is applied to nothing: it is not applicable. Calls in which a rule changes no more than
+    rounding does, as a tiny epsilon may, are under "unseen" instead.
+
+    ValueError, one line that names rules and modules: a module of unknown kind, or never called; a rule that meets no
+    module, changes no gradient, gives another than it owes, or is on unasked; a forward pass that is not bit-identical.
+    """
+    rules = model.rules(lrp)
+    if rules.two_point and patch is None:
+        raise ValueError("two-point rules are audited on prompts and their patch")
+    a = Audit(model, rules)
+    for m, name in a.names.items():
+        if kind_of(m) not in (*KINDS, "Embedding", "ModuleList"):
+            a.fault(f"no rule: nothing is known of {kind_of(m)}", name)
+    for rule in a.on.keys() - CLAIMS.keys():
+        a.fault("unknown to the audit:", rule)
+    a.settle()
+    with torch.no_grad():
+        plain = a.run("plain", tokens, type(rules)())
+        if not plain.isfinite().all():
+            raise ValueError(f"logits are not finite in {model.embed_tokens.weight.dtype}: try float32")
+        for m in a.parts:
+            if m not in a.seen["plain"]:
+                a.fault("no rule: never called,", a.names[m])
+        a.settle()
+        if rules.two_point:
+            rules = rules.taped()
+            a.run("patch", patch, rules)
+            rules.tape.playing = True
+    with torch.enable_grad():
+        logits, some = a.run("original", tokens, rules), tokens.unique()  # a few tokens stand for the vocabulary
+        signal = torch.zeros_like(logits)
+        signal[:, -1, some] = torch.randn(len(tokens), len(some), generator=a.random).to(logits)
+        a.compare(model, [a.leaf[model.ln_f]], logits, signal)
+    if not torch.equal(logits, plain):
+        a.fault("the forward pass is changed in", "the logits")
+    for rule in a.asked:
+        if not a.applied[rule] and (model.config.gated or not rule.startswith("half")):
+            found = "changed no gradient beyond rounding in" if a.unseen[rule] else "met no module of"
+            a.fault(f"{rule}: {found}", " or ".join(CLAIMS[rule]))
+    a.settle()
+    return a.report()

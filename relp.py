@@ -238,6 +238,61 @@ def compare(
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Conservation: how much of the metric's relevance is left at each layer, and what the rest was lost to
+
+
+def conservation(model, tokens: Tensor, answers: Tensor, metric=logit_diff, lrp=True) -> dict:
+    """What the stream keeps of the metric's relevance, and what each block loses, as fractions of the metric.
+
+    A tensor x holds the relevance x . rho. A module loses what its output holds and its input does not. Of that, biases
+    get b . (gradient of b), the modules within lose their own, and what remains is the module's: Attention's is what q and
+    k get in excess (the softmax), MLP's that of activation and gate, Linear's the epsilon-rule's; a block's is "residual".
+
+        {"prompts": .., "metric": mean over them, "kept": [layer + 1], "lost": {kind: [layer + 1]}}
+
+    kept[l] + all lost[..][l] = kept[l + 1]; the last entries are the final stream, and what lies between it and the metric.
+    Not for two-point rules, under which it is (x_patch - x) . rho that is kept.
+    """
+    parts, came, went = [*model.blocks, model.ln_f], {}, {}
+    modules = [m for part in parts for m in part.modules()]
+    biases = {m: m.bias for m in modules if getattr(m, "bias", None) is not None}
+
+    def before(m, args):
+        x = args[0]  # a tensor has several readers: as a node of its own, it gets what this one sends back
+        came[m] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        return came[m], *args[1:]
+
+    hooks = [m.register_forward_pre_hook(before) for m in modules]
+    hooks += [m.register_forward_hook(lambda m, args, y: went.update({m: y})) for m in modules]
+    needed = {b: b.requires_grad for b in biases.values()}
+    try:
+        for b in needed:
+            b.requires_grad_()
+        with torch.enable_grad():
+            value = read_out(model, model.stream(tokens, lrp), answers, metric, lrp).sum()
+            nodes = [*came.values(), *went.values(), *biases.values()]
+            rho = iter(torch.autograd.grad(value, nodes, materialize_grads=True))
+    finally:
+        for h in hooks:
+            h.remove()
+        for b, before_this in needed.items():
+            b.requires_grad_(before_this)
+    value = float(value.detach()) or math.nan  # of nothing there are no fractions
+    held = lambda x: float((x.detach().cpu().double() * next(rho).cpu().double()).sum()) / value
+    came, went, biases = ({m: held(x) for m, x in them.items()} for them in (came, went, biases))
+
+    lost = {}
+    for layer, part in enumerate(parts):
+        for m in part.modules():
+            own = went[m] - came[m] - biases.get(m, 0.0) - sum(went[child] - came[child] for child in m.children())
+            kind = "residual" if m in parts[:-1] else type(m).__name__
+            for kind, loss in ((kind, own), ("biases", biases.get(m, 0.0))):
+                lost.setdefault(kind, [0.0] * len(parts))[layer] += loss
+    lost["unembedding"] = [0.0] * (len(parts) - 1) + [1 - went[model.ln_f]]
+    return {"prompts": len(tokens), "metric": value / len(tokens), "kept": [came[part] for part in parts], "lost": lost}
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Features: sparse autoencoders divide a node, x = sum_i f_i W_dec[i] + b_dec + error, and its score with it
 
 

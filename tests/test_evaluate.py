@@ -261,7 +261,8 @@ def test_figures(tiny, run, tmp_path):
     code, out, err = run("--model", tiny["gpt2"], tiny["gemma2"], *arguments)
     assert (code, err) == (0, [])
     pictures = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png"))
-    assert pictures == ["gemma2-ioi/heatmaps.png", "gpt2-ioi/heatmaps.png", "pcc.png"]
+    each = [f"{name}-ioi/{picture}.png" for name in ("gemma2", "gpt2") for picture in ("conservation", "heatmaps")]
+    assert pictures == [*each, "pcc.png"]
     for picture in pictures:
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
     overview = out[out.rindex("PCC with AP") :]  # behind the models' own tables, the paper's Table 5
@@ -829,7 +830,7 @@ def test_a_full_disk_leaves_the_old_files_whole(file, how, tiny, run, tmp_path, 
         if path.is_file() and not path.name.startswith("unfinished-")
     }
     before = files()
-    assert len(before) == (7 if file.endswith("png") else 4)
+    assert len(before) == (9 if file.endswith("png") else 4)
 
     if how == "replace":
         monkeypatch.setattr(
