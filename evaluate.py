@@ -331,7 +331,7 @@ def evaluate(name: str, args: argparse.Namespace) -> dict:
         },
         "pcc": pcc,
         "differences": differences,
-        "rules": dataclasses.asdict(model.rules(args.rules)),
+        "rules": {rule: on for rule, on in dataclasses.asdict(model.rules(args.rules)).items() if rule != "tape"},
         "audit": audited,
         "conservation": conserved,
         "seconds": seconds,

@@ -242,6 +242,8 @@ def test_summary_says_how_it_was_made(tiny, results):
         "ah": False,
         "epsilon": 0.5,
         "gamma": None,
+        "temperature": None,
+        "two_point": [],
     }
     assert summary["versions"]["torch"] == torch.__version__ and {"python", "numpy"} <= summary["versions"].keys()
     assert summary["seconds"].keys() == {"ap", "atp", "relp"} and all(s > 0 for s in summary["seconds"].values())
