@@ -101,7 +101,7 @@ OPTIONS = [
     ("top", "K", "how many of the strongest units to list", {"sva": 10}),
     ("device", "DEVICE", "auto, cpu, cuda, cuda:1, ...", "auto"),
     ("dtype", "|".join(DTYPES), "of weights and activations", "float32"),
-    ("batch-size", "N", "prompts, or patched runs, that go through the model together", "auto"),
+    ("batch-size", "SIZE", "prompts, or patched runs, that go through the model together", "auto"),
     ("shard", None, "under torchrun: share the weights out over the processes as well", {"ioi": False}),
     ("out", "DIR", "where the results go", "results"),
     ("no-bos", None, "put no BOS token in front of the prompts", False),
@@ -121,24 +121,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, takes, text, default in OPTIONS:
         of_task = default if isinstance(default, dict) else {"": default}
         shown = [(task, " ".join(value) if isinstance(value, list) else value) for task, value in of_task.items()]
-        shown = [
-            f"{task + ': ' if len(of_task) > 1 else ''}{value}"
-            for task, value in shown
-            if value not in (None, False) or value == 0 and takes
-        ]
+        shown = [(task, value) for task, value in shown if value is not None and value is not False]
+        shown = [f"{task}: {value}" if len(of_task) > 1 else str(value) for task, value in shown]
         if "" not in of_task and len(of_task) == 1:
             text = f"{next(iter(of_task))} only; {text}"
-        kind = (
-            {"action": "store_true"}
-            if takes is None
-            else {"metavar": takes, "type": int if takes in ("N", "K") and name != "batch-size" else str}
-        )
+        kind = {"metavar": takes, "type": int if takes in ("N", "K") else str} if takes else {"action": "store_true"}
         kind |= {"nargs": "+"} if name == "model" else {}
         p.add_argument(f"--{name}", default=None, help=text + (f" [{'; '.join(shown)}]" if shown else ""), **kind)
     args = p.parse_args(argv)
     args.task = choices("task", args.task or "ioi", ("ioi", "sva"), single=True)[0]
-    if args.prompts and args.structures:
-        raise ValueError("--structures are those of the templates: they have no meaning with --prompts")
+    for option in ("structures", "corruption"):
+        if args.prompts and getattr(args, option) is not None:
+            raise ValueError(f"--{option} is one of the templates': it has no meaning with --prompts")
     for name, _, _, default in OPTIONS:
         key = name.replace("-", "_")
         if isinstance(default, dict):
@@ -171,6 +165,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError("AtP*'s fix is one of q and k: it has no meaning with --task sva")
     if args.verify:
         args.methods = [method for method in args.methods if method != "ap"]
+        if not args.methods:
+            raise ValueError("--verify needs a method to rank the nodes by, such as --methods relp")
     if args.grid:
         args.methods = list(dict.fromkeys(["ap", "atp", "relp", *args.methods]))
     if args.grid and args.verify:
@@ -381,7 +377,13 @@ def label_of(method: str) -> str:
 def method_options(method: str, model, args: argparse.Namespace) -> dict:
     """What relp's functions are told so that they follow this method."""
     two_point = models.TWO_POINT[model.config.family]
-    known = {"atp": {}, "relp": {"lrp": args.rules}, "twopoint": {"lrp": two_point}, "ig": {"steps": args.steps}}
+    known = {
+        "atp": {},
+        "atp*": {},
+        "relp": {"lrp": args.rules},
+        "twopoint": {"lrp": two_point},
+        "ig": {"steps": args.steps},
+    }
     return known[method] if method in known else {"lrp": parse_rules(method.replace("+", ","))}
 
 
@@ -421,7 +423,7 @@ def score(
     metric, longest = relp.METRICS[args.metric], max(len(p.original) for p in pairs)
     prompts, runs = batch_sizes(args.batch_size, model.config, longest, args.device)
     parts, begun, seconds = [], [], dict.fromkeys(methods, 0.0)
-    earlier = earlier_ap(folder, pairs, args) if args.grid and cells is None else lambda *_: None
+    earlier = earlier_ap(folder, pairs, args) if args.grid and "ap" in methods else lambda *_: None
     off = None if rank() == 0 else True
     with tqdm(total=len(pairs), desc=name, leave=False, disable=off, delay=2, bar_format=BAR) as bar:
         for rows in batches(pairs, prompts * world()):

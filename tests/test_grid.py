@@ -196,6 +196,8 @@ def test_figure_of_heads_and_neurons(tiny, run, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("arguments, words", [
     (["--grid", "--verify", "3"], ["--grid", "--verify", "choose one"]),
     (["--verify", "0"], ["--verify", "at least 1"]),
+    (["--verify", "3", "--methods", "ap"], ["--verify", "--methods relp"]),
+    (["--prompts", "pairs.jsonl", "--corruption", "s2"], ["--corruption", "no meaning with --prompts"]),
     (["--methods", "ap,ln+mlp"], ["unknown method 'ln+mlp'", "ln+ah"]),
     (["--methods", "ln3"], ["unknown method 'ln3'"]),
     (["--rules", "ln,ah2"], ["unknown rule 'ah2'", "attention2"]),
