@@ -91,3 +91,14 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def tokens():
     return torch.randint(2, VOCAB, (3, 11), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def pair():
+    """original, patch [4, 9] and answers [4, 2]; one token differs in all pairs, a second one in two of them."""
+    g = torch.Generator().manual_seed(2)
+    original, answers = torch.randint(VOCAB, (4, 9), generator=g), torch.randint(VOCAB, (4, 2), generator=g)
+    patch = original.clone()
+    patch[:, 3] = (patch[:, 3] + 5) % VOCAB
+    patch[:2, 6] = (patch[:2, 6] + 7) % VOCAB
+    return original, patch, answers

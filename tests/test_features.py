@@ -3,7 +3,6 @@
 import pytest
 import torch
 from test_saes import random_sae
-from test_relp import pair  # noqa: F401, the fixture
 
 import relp
 from models import from_pretrained
@@ -25,7 +24,7 @@ def saes(model):
 
 
 @pytest.mark.parametrize("lrp", [False, True], ids=["atp", "relp"])
-def test_features_and_error_add_up_to_the_node(model, saes, pair, lrp):  # noqa: F811
+def test_features_and_error_add_up_to_the_node(model, saes, pair, lrp):
     got = relp.attribute_features(model, *pair, saes, lrp=lrp)
     whole = relp.attribute(model, *pair, ["resid_pre", "attn_out", "mlp_out", "resid_post", "z"], lrp=lrp)
     assert got.keys() == saes.keys()
@@ -34,7 +33,7 @@ def test_features_and_error_add_up_to_the_node(model, saes, pair, lrp):  # noqa:
         assert (scores[..., :-1] != 0).any() and (scores[..., -1] != 0).any()
 
 
-def test_a_features_score_is_the_derivative(model, saes, pair):  # noqa: F811
+def test_a_features_score_is_the_derivative(model, saes, pair):
     """AtP's against central finite differences: a sliver of the feature's difference, written along its decoder direction."""
     original, patch, answers = pair
     got, step = relp.attribute_features(model, *pair, saes), 1e-5
@@ -57,7 +56,7 @@ def test_a_features_score_is_the_derivative(model, saes, pair):  # noqa: F811
                 torch.testing.assert_close(got[key][:, pos, i], derivative, atol=1e-7, rtol=1e-5)
 
 
-def test_integrated_gradients_sum_to_the_effect(model, saes, pair):  # noqa: F811
+def test_integrated_gradients_sum_to_the_effect(model, saes, pair):
     """Completeness: over positions and features they approach, as the steps grow, the effect of patching the node everywhere."""
     few, many = (relp.attribute_features(model, *pair, saes, steps=steps) for steps in (20, 400))
     nodes = {name for name, _ in saes}
@@ -70,7 +69,7 @@ def test_integrated_gradients_sum_to_the_effect(model, saes, pair):  # noqa: F81
         assert off[1] < 0.1 * off[0] and off[1] < 0.05 * effect.abs().max() + 1e-9
 
 
-def test_integrated_gradients_passes(model, saes, pair, monkeypatch):  # noqa: F811
+def test_integrated_gradients_passes(model, saes, pair, monkeypatch):
     calls = []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
@@ -81,7 +80,7 @@ def test_integrated_gradients_passes(model, saes, pair, monkeypatch):  # noqa: F
     assert len(calls) == 1
 
 
-def test_patching_a_feature_is_its_definition(model, saes, pair):  # noqa: F811
+def test_patching_a_feature_is_its_definition(model, saes, pair):
     """Every feature and error of some positions by whole forward passes; those that do not differ are 0."""
     original, patch, answers = pair
     got = relp.patch_features(model, *pair, saes, rows=50)

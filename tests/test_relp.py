@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB
+from conftest import FAMILIES
 
 import relp
 from models import Rules, from_pretrained
@@ -24,10 +24,7 @@ def ap_by_definition(model, original, patch, answers, nodes, metric=relp.logit_d
     for name in nodes:
         node = relp.PARTS_OF.get(name, name)
         for layer in range(model.config.n_layers):
-            value, parts = (
-                patch_acts[node, layer],
-                range(patch_acts[node, layer].shape[2]) if name in relp.PARTS_OF else None,
-            )
+            parts = range(patch_acts[node, layer].shape[2]) if name in relp.PARTS_OF else None
             for pos in range(original.shape[1]):
                 result[name, layer, pos] = (
                     torch.stack([effect((node, layer), pos, i) for i in parts], -1)
@@ -36,16 +33,6 @@ def ap_by_definition(model, original, patch, answers, nodes, metric=relp.logit_d
                 )
     stack = lambda name, layer: torch.stack([result[name, layer, pos] for pos in range(original.shape[1])], dim=1)
     return {name: torch.stack([stack(name, layer) for layer in range(model.config.n_layers)], dim=1) for name in nodes}
-
-
-@pytest.fixture
-def pair():
-    g = torch.Generator().manual_seed(2)
-    original, answers = torch.randint(VOCAB, (4, 9), generator=g), torch.randint(VOCAB, (4, 2), generator=g)
-    patch = original.clone()
-    patch[:, 3] = (patch[:, 3] + 5) % VOCAB
-    patch[:2, 6] = (patch[:2, 6] + 7) % VOCAB
-    return original, patch, answers
 
 
 @pytest.mark.parametrize(

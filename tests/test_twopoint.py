@@ -2,21 +2,11 @@
 
 import pytest
 import torch
-from conftest import CHECKPOINTS, FAMILIES, VOCAB
+from conftest import CHECKPOINTS, FAMILIES
 
 import models
 import relp
 from models import ROWS, TABLE_4, TWO_POINT, Rules, from_pretrained
-
-
-@pytest.fixture
-def pair():
-    g = torch.Generator().manual_seed(2)
-    original, answers = torch.randint(VOCAB, (4, 9), generator=g), torch.randint(VOCAB, (4, 2), generator=g)
-    patch = original.clone()
-    patch[:, 3] = (patch[:, 3] + 5) % VOCAB
-    patch[:2, 6] = (patch[:2, 6] + 7) % VOCAB
-    return original, patch, answers
 
 
 @pytest.fixture
@@ -164,7 +154,7 @@ def test_attention_by_hand(name, shown, checkpoint):
     dots = lambda q, k: torch.einsum("bqhd,bkhd->bqhk", q, k) * c.attn_scale
     scores = lambda q, k: models.softcap(dots(q, k), c.attn_softcap)
     softmax = lambda s: s.masked_fill(hidden, -torch.inf).softmax(-1)
-    (q1, k1, v1), x = inputs(x_patch), x.clone().requires_grad_()
+    (q1, k1, _), x = inputs(x_patch), x.clone().requires_grad_()
     q, k, v = inputs(x)
     s0, s1 = scores(q, k).detach(), scores(q1, k1).detach()
     by_parts = dots(q, k)  # the value is of no interest, its gradient is
