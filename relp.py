@@ -152,46 +152,6 @@ def attribute(
     return by_layer(model, nodes, score)
 
 
-def attribute_star(
-    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff
-) -> dict[str, Tensor]:
-    """AtP with the QK fix of AtP* [18]: for q and k the softmax is computed, not linearised; else it is attribute().
-
-    score(q) = (pattern with that position's q from the patch run - pattern) . rho(pattern), and k alike. Needs, beside
-    what attribute() does, model.blocks[layer].attn with its scores(q, k) and window, as models.Transformer has it.
-    """
-    check(model, original, patch, answers, nodes)
-    names = [name for name in nodes if PARTS_OF.get(name, name) in ("q", "k")]
-    result = (
-        attribute(model, original, patch, answers, [n for n in nodes if n not in names], metric)
-        if len(names) < len(nodes)
-        else {}
-    )
-    acts, rho = coefficients(model, original, answers, ("q", "k", "pattern"), metric)
-    _, patch_acts = record(model, patch, ("q", "k"))
-    fixed = {}
-    for layer in range(model.config.n_layers):
-        attn, (q, k, q_patch, k_patch) = (
-            model.blocks[layer].attn,
-            (a[n, layer].detach() for a in (acts, patch_acts) for n in "qk"),
-        )
-        groups = q.shape[2] // k.shape[2]  # query heads that share one key head
-        pattern, r = acts["pattern", layer].detach(), rho["pattern", layer]  # [batch, query, head, key]
-        scores = lambda q, k: attn.scores(q, k.repeat_interleave(groups, dim=2)).to(r.dtype)
-        s, s_k = scores(q, k), scores(q, k_patch)
-        by_q = scores(q_patch, k).masked_fill(pattern == 0, -torch.inf).softmax(-1) - pattern
-        fixed["q", layer] = (by_q * r).sum(-1)
-        # one key changes one score of a row: its weight grows by the factor `growth`, all are divided by the new sum
-        growth = (s_k - s).clamp(max=60).exp()
-        total = 1 + pattern * (growth - 1)
-        others = (pattern * r).sum(-1, keepdim=True) - pattern * r
-        by_k = pattern * (growth / total - 1) * r + (1 / total - 1) * others
-        fixed["k", layer] = by_k.sum(1).transpose(1, 2).unflatten(2, (-1, groups)).sum(3)  # [batch, key, key head]
-    of = lambda name, key: fixed[key] if name in PARTS_OF else fixed[key].sum(-1)
-    result |= by_layer(model, names, of)
-    return {name: result[name] for name in nodes}
-
-
 def difference(original: Tensor, patch: Tensor) -> Tensor:
     """node(x_patch) - node(x_original), in float32 or better."""
     dtype = torch.promote_types(original.dtype, torch.float32)
@@ -238,61 +198,6 @@ def compare(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Conservation: how much of the metric's relevance is left at each layer, and what the rest was lost to
-
-
-def conservation(model, tokens: Tensor, answers: Tensor, metric=logit_diff, lrp=True) -> dict:
-    """What the stream keeps of the metric's relevance, and what each block loses, as fractions of the metric.
-
-    A tensor x holds the relevance x . rho. A module loses what its output holds and its input does not. Of that, biases
-    get b . (gradient of b), the modules within lose their own, and what remains is the module's: Attention's is what q and
-    k get in excess (the softmax), MLP's that of activation and gate, Linear's the epsilon-rule's; a block's is "residual".
-
-        {"prompts": .., "metric": mean over them, "kept": [layer + 1], "lost": {kind: [layer + 1]}}
-
-    kept[l] + all lost[..][l] = kept[l + 1]; the last entries are the final stream, and what lies between it and the metric.
-    Not for two-point rules, under which it is (x_patch - x) . rho that is kept.
-    """
-    parts, came, went = [*model.blocks, model.ln_f], {}, {}
-    modules = [m for part in parts for m in part.modules()]
-    biases = {m: m.bias for m in modules if getattr(m, "bias", None) is not None}
-
-    def before(m, args):
-        x = args[0]  # a tensor has several readers: as a node of its own, it gets what this one sends back
-        came[m] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        return came[m], *args[1:]
-
-    hooks = [m.register_forward_pre_hook(before) for m in modules]
-    hooks += [m.register_forward_hook(lambda m, args, y: went.update({m: y})) for m in modules]
-    needed = {b: b.requires_grad for b in biases.values()}
-    try:
-        for b in needed:
-            b.requires_grad_()
-        with torch.enable_grad():
-            value = read_out(model, model.stream(tokens, lrp), answers, metric, lrp).sum()
-            nodes = [*came.values(), *went.values(), *biases.values()]
-            rho = iter(torch.autograd.grad(value, nodes, materialize_grads=True))
-    finally:
-        for h in hooks:
-            h.remove()
-        for b, before_this in needed.items():
-            b.requires_grad_(before_this)
-    value = float(value.detach()) or math.nan  # of nothing there are no fractions
-    held = lambda x: float((x.detach().cpu().double() * next(rho).cpu().double()).sum()) / value
-    came, went, biases = ({m: held(x) for m, x in them.items()} for them in (came, went, biases))
-
-    lost = {}
-    for layer, part in enumerate(parts):
-        for m in part.modules():
-            own = went[m] - came[m] - biases.get(m, 0.0) - sum(went[child] - came[child] for child in m.children())
-            kind = "residual" if m in parts[:-1] else type(m).__name__
-            for kind, loss in ((kind, own), ("biases", biases.get(m, 0.0))):
-                lost.setdefault(kind, [0.0] * len(parts))[layer] += loss
-    lost["unembedding"] = [0.0] * (len(parts) - 1) + [1 - went[model.ln_f]]
-    return {"prompts": len(tokens), "metric": value / len(tokens), "kept": [came[part] for part in parts], "lost": lost}
-
-
-# ---------------------------------------------------------------------------------------------------------
 # Features: sparse autoencoders divide a node, x = sum_i f_i W_dec[i] + b_dec + error, and its score with it
 
 
@@ -327,6 +232,10 @@ def divide(runs: dict, saes: dict) -> dict[tuple, Tensor]:
     return scores
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Two relatives, for comparison: Integrated Gradients, and AtP*'s way with q and k
+
+
 def integrated(
     model, tokens, answers, key, before: Tensor, after: Tensor, metric=logit_diff, steps: int = 10
 ) -> Tensor:
@@ -340,6 +249,39 @@ def integrated(
         moved = {key: torch.lerp(before, after, k / steps)}
         total += coefficients(model, tokens, answers, (key[0],), metric, replace=moved)[1][key]
     return total / steps
+
+
+def attribute_star(
+    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff
+) -> dict[str, Tensor]:
+    """AtP with the QK fix of AtP* [18]: for q and k the softmax is computed, not linearised; else it is attribute().
+
+    score(q) = (pattern with that position's q from the patch run - pattern) . rho(pattern), and k alike. Needs, beside
+    what attribute() does, model.blocks[layer].attn.scores(q, k), as models.Transformer has it.
+    """
+    check(model, original, patch, answers, nodes)
+    names = [name for name in nodes if PARTS_OF.get(name, name) in ("q", "k")]
+    others = [name for name in nodes if name not in names]
+    result = attribute(model, original, patch, answers, others, metric) if others else {}
+    acts, rho = coefficients(model, original, answers, ("q", "k", "pattern"), metric)
+    _, patch_acts = record(model, patch, ("q", "k"))
+    fixed = {}
+    for layer in range(model.config.n_layers):
+        q, k, q_patch, k_patch = (a[n, layer].detach() for a in (acts, patch_acts) for n in "qk")
+        groups = q.shape[2] // k.shape[2]  # query heads that share one key head
+        pattern, r = acts["pattern", layer].detach(), rho["pattern", layer]  # [batch, query, head, key]
+        scores = lambda q, k: model.blocks[layer].attn.scores(q, k.repeat_interleave(groups, dim=2)).to(r.dtype)
+        s, s_k = scores(q, k), scores(q, k_patch)
+        by_q = scores(q_patch, k).masked_fill(pattern == 0, -torch.inf).softmax(-1) - pattern
+        fixed["q", layer] = (by_q * r).sum(-1)
+        # one key changes one score of a row: its weight grows by the factor `growth`, all are divided by the new sum
+        growth = (s_k - s).clamp(max=60).exp()
+        total = 1 + pattern * (growth - 1)
+        rest = (pattern * r).sum(-1, keepdim=True) - pattern * r
+        by_k = pattern * (growth / total - 1) * r + (1 / total - 1) * rest
+        fixed["k", layer] = by_k.sum(1).transpose(1, 2).unflatten(2, (-1, groups)).sum(3)  # [batch, key, key head]
+    result |= by_layer(model, names, lambda name, key: fixed[key] if name in PARTS_OF else fixed[key].sum(-1))
+    return {name: result[name] for name in nodes}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -732,3 +674,58 @@ def correlation(sums: Tensor) -> Tensor:
 def pearson(a: Tensor, b: Tensor) -> float:
     """Pearson correlation of two vectors, in float64; NaN where one of them is constant."""
     return float(correlation(moments(a.double(), b.double(), torch.ones_like(a, dtype=torch.bool))))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Conservation: how much of the metric's relevance is left at each layer, and what the rest was lost to
+
+
+def conservation(model, tokens: Tensor, answers: Tensor, metric=logit_diff, lrp=True) -> dict:
+    """What the stream keeps of the metric's relevance, and what each block loses, as fractions of the metric.
+
+    A tensor x holds the relevance x . rho. A module loses what its output holds and its input does not. Of that, biases
+    get b . (gradient of b), the modules within lose their own, and what remains is the module's: Attention's is what q and
+    k get in excess (the softmax), MLP's that of activation and gate, Linear's the epsilon-rule's; a block's is "residual".
+
+        {"prompts": .., "metric": mean over them, "kept": [layer + 1], "lost": {kind: [layer + 1]}}
+
+    kept[l] + all lost[..][l] = kept[l + 1]; the last entries are the final stream, and what lies between it and the metric.
+    Not for two-point rules, under which it is (x_patch - x) . rho that is kept.
+    """
+    parts, came, went = [*model.blocks, model.ln_f], {}, {}
+    modules = [m for part in parts for m in part.modules()]
+    biases = {m: m.bias for m in modules if getattr(m, "bias", None) is not None}
+
+    def before(m, args):
+        x = args[0]  # a tensor has several readers: as a node of its own, it gets what this one sends back
+        came[m] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        return came[m], *args[1:]
+
+    hooks = [m.register_forward_pre_hook(before) for m in modules]
+    hooks += [m.register_forward_hook(lambda m, args, y: went.update({m: y})) for m in modules]
+    needed = {b: b.requires_grad for b in biases.values()}
+    try:
+        for b in needed:
+            b.requires_grad_()
+        with torch.enable_grad():
+            value = read_out(model, model.stream(tokens, lrp), answers, metric, lrp).sum()
+            nodes = [*came.values(), *went.values(), *biases.values()]
+            rho = iter(torch.autograd.grad(value, nodes, materialize_grads=True))
+    finally:
+        for h in hooks:
+            h.remove()
+        for b, before_this in needed.items():
+            b.requires_grad_(before_this)
+    value = float(value.detach()) or math.nan  # of nothing there are no fractions
+    held = lambda x: float((x.detach().cpu().double() * next(rho).cpu().double()).sum()) / value
+    came, went, biases = ({m: held(x) for m, x in them.items()} for them in (came, went, biases))
+
+    lost = {}
+    for layer, part in enumerate(parts):
+        for m in part.modules():
+            own = went[m] - came[m] - biases.get(m, 0.0) - sum(went[child] - came[child] for child in m.children())
+            kind = "residual" if m in parts[:-1] else type(m).__name__
+            for kind, loss in ((kind, own), ("biases", biases.get(m, 0.0))):
+                lost.setdefault(kind, [0.0] * len(parts))[layer] += loss
+    lost["unembedding"] = [0.0] * (len(parts) - 1) + [1 - went[model.ln_f]]
+    return {"prompts": len(tokens), "metric": value / len(tokens), "kept": [came[part] for part in parts], "lost": lost}
