@@ -12,6 +12,7 @@ one run per node. AtP and RelP predict the same number for all nodes at once, fr
 
     AtP    rho is the gradient of the metric on the original run                                            (Eq. 2)
     RelP   rho is LRP's propagation coefficient: the gradient of the same run with Table 1's rules on       (Eq. 3)
+    RelP with two-point rules: what the rules hold constant is taken between the two runs (models.TWO_POINT)
     IG     rho is the gradient averaged on the node's way from the original to the patch run, at many times the price
 
 Direction, everywhere: patch activations go into the original run, rho is taken on the original run, and a score is
