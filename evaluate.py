@@ -790,7 +790,8 @@ def print_audit(reports: dict, whole: bool) -> None:
 def short(value: float, *interval: float, sign: str = " ") -> str:
     """A number and its interval, as in " .932 [.921 .945]"; with sign "+", as in "+.088 [+.077 +.108]"."""
     text = lambda x, sign: re.sub(r"\b0\.", ".", f"{x:{sign}.3f}")
-    return text(value, sign) + (f" [{' '.join(text(x, sign.strip()) for x in interval)}]" if interval else "")
+    known = interval and all(map(math.isfinite, interval))  # a single prompt has none
+    return text(value, sign) + (f" [{' '.join(text(x, sign.strip()) for x in interval)}]" if known else "")
 
 
 def save(path: Path, write) -> None:

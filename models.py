@@ -178,9 +178,9 @@ TABLE_4 = {
 # The two-point rules of each family. Gemma 2's blocks end in a norm, which answers a small change with its tangent and a
 # whole replacement with its chord. No one coefficient fits both, and the LN- and Half-rule do better there.
 TWO_POINT = {
-    family: replace(rules, two_point=("identity", "attention") if family == "gemma2" else ROWS)
+    family: replace(rules, two_point=tuple(row for row in ROWS if row == "attention" or getattr(rules, row)))
     for family, rules in TABLE_4.items()
-}
+} | {"gemma2": replace(TABLE_4["gemma2"], two_point=("identity", "attention"))}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1688,6 +1688,6 @@ def audit(model: Transformer, tokens: Tensor, lrp: bool | Rules = True, patch: T
     for rule in a.asked:
         if not a.applied[rule] and (model.config.gated or not rule.startswith("half")):
             found = "changed no gradient beyond rounding in" if a.unseen[rule] else "met no module of"
-            a.fault(f"{rule}: {found}", " or ".join(CLAIMS[rule]))
+            a.fault(f"{rule}: {found}", " or ".join(SHOWN.get(kind, kind) for kind in CLAIMS[rule]))
     a.settle()
     return a.report()

@@ -107,7 +107,7 @@ def test_an_epsilon_that_rounding_hides(load, tokens):
     audit(load("llama", torch.float64), tokens, Rules(epsilon=1e-9))
     for dtype in (torch.float32, torch.bfloat16):
         says = blames(load("llama", dtype), tokens, Rules(epsilon=1e-9))
-        assert says == "epsilon: changed no gradient beyond rounding in Linear or Transformer"
+        assert says == "epsilon: changed no gradient beyond rounding in Linear or unembedding"
     row = audit(load("llama", torch.float16), tokens, Rules(epsilon=5e-5))["rules"]["epsilon"]
     assert row["applied"]["Linear"] + row["unseen"]["Linear"] == 21
 

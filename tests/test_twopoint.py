@@ -187,14 +187,16 @@ def test_a_tape_out_of_step_would_show(name, checkpoint, pair):
 
 
 def test_rules_of_a_family():
+    """The rows that the family has in Table 4, and attention; but Gemma 2's norms and gates as in RelP."""
     assert TWO_POINT.keys() == TABLE_4.keys()
-    for family, rules in TWO_POINT.items():
-        assert rules.two_point == (("identity", "attention") if family == "gemma2" else ROWS)
-        assert (rules.ln, rules.identity, rules.half) == (
-            TABLE_4[family].ln,
-            TABLE_4[family].identity,
-            TABLE_4[family].half,
-        )
+    for family, rows in {
+        "gpt2": ("ln", "identity", "attention"),
+        "qwen2": ROWS,
+        "gemma2": ("identity", "attention"),
+    }.items():
+        rules, paper = TWO_POINT[family], TABLE_4[family]
+        assert rules.two_point == rows and rules.taped().tape is not rules.taped().tape
+        assert (rules.ln, rules.identity, rules.half) == (paper.ln, paper.identity, paper.half)
 
 
 def test_two_forward_passes_and_one_backward(checkpoint, pair, monkeypatch):
