@@ -91,7 +91,7 @@ OPTIONS = [
     ("steps", "N", "of Integrated Gradients", 10),
     ("rules", "RULES", "paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X,temperature=X; two-point: ln2,identity2,half2,attention2", "paper"),
     ("grid", None, "every subset of the rules, and how well each predicts AP", {"ioi": False}),
-    ("verify", "K", "AP of the K nodes alone that the best method ranks highest", {"ioi": None}),
+    ("verify", "K", "AP of the K nodes alone that a method ranks highest; heads and neurons among them", {"ioi": None}),
     ("structures", "LIST", f"of {','.join(tasks.SVA_STRUCTURES)}", {"sva": ",".join(tasks.SVA_STRUCTURES)}),
     ("held-out", "N", "prompt pairs to judge circuits by", {"sva": 100}),
     ("saes", "SOURCE", "sparse autoencoders: a directory, zip or Hub repository", {"sva": "auto"}),
@@ -133,6 +133,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for option in ("structures", "corruption"):
         if args.prompts and getattr(args, option) is not None:
             raise ValueError(f"--{option} is one of the templates': it has no meaning with --prompts")
+    if args.verify and args.nodes is None:
+        args.nodes = ",".join([*NODES, "head", "neuron"])
     for name, _, _, default in OPTIONS:
         key = name.replace("-", "_")
         if isinstance(default, dict):

@@ -182,6 +182,15 @@ def test_verify(tiny, run, setting, tmp_path):  # noqa: F811
         assert row["part"] == (part[0] if part else None)
         assert row["scores"]["ap"] == pytest.approx(averaged(whole[node], layer, label, part), abs=1e-4)
         assert row["scores"]["atp"] == pytest.approx(averaged(scores[f"atp_{node}"], layer, label, part), abs=1e-5)
+    run("--model", tiny["gpt2"], "--n", 3, "--no-plot", "--methods", "relp", "--verify", 9)
+    with np.load(folder / "scores.npz") as file:
+        assert {key[5:] for key in file if key.startswith("relp_")} == {
+            "resid_pre",
+            "attn_out",
+            "mlp_out",
+            "head",
+            "neuron",
+        }
     assert "the 9 nodes of" in out and f"beyond {found['bound']:.3f}" in out
 
 
