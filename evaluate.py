@@ -87,7 +87,7 @@ OPTIONS = [
     ("corruption", "swap|s2", "exchange both names, or the second mention alone", {"ioi": "swap"}),
     ("metric", "|".join(relp.METRICS), "what is patched for", "logit_diff"),
     ("nodes", "LIST", f"of {','.join(PATCHABLE)}", {"ioi": ",".join(NODES), "sva": "auto"}),
-    ("methods", "LIST", "of ap,atp,atp*,relp,twopoint,ig and sets of rules, such as ln+ah", {"ioi": "ap,atp,relp", "sva": "ap,atp,relp,ig"}),
+    ("methods", "LIST", "of ap,atp,atp*,relp,twopoint,ig and sets of rules, such as ln+ah", {"ioi": "ap,atp,relp", "sva": "auto"}),
     ("steps", "N", "of Integrated Gradients", 10),
     ("rules", "RULES", "paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X,temperature=X; two-point: ln2,identity2,half2,attention2", "paper"),
     ("grid", None, "every subset of the rules, and how well each predicts AP", {"ioi": False}),
@@ -152,6 +152,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 f"{taken[slug(name)]} and {name} would write to one folder, {slug(name)}: give them different names, or run them apart"
             )
     args.nodes = None if args.nodes == "auto" else choices("node", args.nodes, PATCHABLE)
+    if args.methods == "auto":  # AP of every feature is for small models
+        args.methods = "ap,atp,relp,ig" if set(args.model) <= set(TOYS) else "atp,relp,ig"
     args.methods = list(dict.fromkeys(args.methods.split(",")))
     for method in args.methods:
         try:

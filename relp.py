@@ -509,28 +509,39 @@ class Neurons:
 
 @torch.no_grad()
 def unit_means(model, tokens: Tensor, saes: dict) -> dict[tuple, tuple[Tensor, Tensor]]:
-    """{(name, layer): (features [pos, n_features], error [pos, d])}, averaged over the prompts in tokens [batch, pos]."""
+    """{(name, layer): (features [pos, n_features], the rest x - sum_i f_i W_dec[i] [pos, d])}, means over tokens [batch, pos].
+
+    The rest is the error plus b_dec, which is constant: to hold the one at its mean is to hold the other.
+    """
     _, acts = record(model, tokens, {name for name, _ in saes})
-    flat = {key: acts[key].flatten(2) for key in saes}
-    return {key: (sae.encode(flat[key]).mean(0), sae.error(flat[key]).mean(0)) for key, sae in saes.items()}
+    means = {}
+    for key, sae in saes.items():
+        x = acts[key].flatten(2)
+        features = sae.encode(x)
+        means[key] = features.mean(0), (x - features @ sae.W_dec).mean(0)
+    return means
 
 
 @torch.no_grad()
 def run_circuit(model, tokens: Tensor, answers: Tensor, saes: dict, means: dict, circuit: dict, metric=logit_diff):
     """The metric [batch] of the run in which all units of `saes` outside the circuit are held at their means,
 
-        x <- x + sum_i (mean_i - f_i(x)) W_dec[i] + (mean error - error(x)),        i and the error not in the circuit
+        x <- sum_i g_i W_dec[i] + rest,     g_i = f_i(x) in the circuit, else its mean; the rest x - sum_i f_i(x) W_dec[i]
+                                            where the error is in the circuit, else its mean
 
-    where f and the error are those of the x that this run has computed, so that nodes ablated before have their effect.
+    where f are those of the x that this run has computed, so that nodes ablated before have their effect.
     """
 
     def hook(name, layer, x):
         key = name, layer
         if key not in saes:
             return x
-        sae, (features, error), out, flat = saes[key], means[key], ~circuit[key], x.flatten(2)
-        move = ((features - sae.encode(flat)) * out[:, :-1]) @ sae.W_dec + (error - sae.error(flat)) * out[:, -1:]
-        return x + move.view_as(x)
+        sae, (features, rest), flat = saes[key], means[key], x.flatten(2)
+        own, kept, error_kept = sae.encode(flat), circuit[key][:, :-1], circuit[key][:, -1:]
+        held = torch.where(kept, own, features)
+        # with the error in the circuit, x + the features' change: exactly x where all are
+        moved = torch.where(error_kept, flat, rest) + torch.where(error_kept, held - own, held) @ sae.W_dec
+        return moved.view_as(x)
 
     hook.nodes = {name for name, _ in saes}
     return read_out(model, model.stream(tokens, hook=hook), answers, metric)

@@ -51,7 +51,8 @@ def ablated(model, tokens, answers, saes, means, circuit, metric=relp.logit_diff
         sae, keep = saes[name, layer], circuit[name, layer]
         flat = x.reshape(*x.shape[:2], -1)
         f = encode(sae, flat)
-        error = torch.where(keep[:, -1:], flat - decode(sae, f), means[name, layer][1])
+        at_mean = means[name, layer][1] - getattr(sae, "b_dec", 0)  # the rest is the error and b_dec
+        error = torch.where(keep[:, -1:], flat - decode(sae, f), at_mean)
         return (decode(sae, torch.where(keep[:, :-1], f, means[name, layer][0])) + error).reshape(x.shape)
 
     with torch.no_grad():
@@ -149,7 +150,8 @@ def test_means_of_units(kind, checkpoint, prompts):
         each = [relp.record(model, row[None], {node})[1][node, layer][0].flatten(1) for row in patch]
         features = sum(encode(sae, x) for x in each) / len(each)
         error = sum(x - decode(sae, encode(sae, x)) for x in each) / len(each)
-        torch.testing.assert_close(got[node, layer], (features, error), atol=1e-12, rtol=1e-12)
+        wanted = features, error + getattr(sae, "b_dec", 0)
+        torch.testing.assert_close(got[node, layer], wanted, atol=1e-12, rtol=1e-12)
         if kind != "neurons":
             assert 0 < (features == 0).sum() < features.numel() and error.abs().max() > 0.1
             assert (encode(sae, sum(each) / len(each)) - features).abs().max() > 1e-3
