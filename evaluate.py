@@ -1112,7 +1112,7 @@ def unit_scores(
                 cost["seconds"] += time.perf_counter() - began
                 cost["forward"] += counted.forward / len(every)
                 cost["backward"] += counted.backward / len(every)
-                if method != "ap":
+                if method != "ap":  # in passes of their own, so that what is counted are the features'
                     parts["neurons"] = relp.divide(passes, units["neurons"])
                     passes = relp.propagate(
                         model, *batch, units["mlp_neurons"], metric, **method_options(method, model, args)

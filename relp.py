@@ -207,7 +207,7 @@ def attribute_features(
 ) -> dict[tuple, Tensor]:
     """The score of every feature and, last, of the error: {(name, layer): [batch, pos, n_features + 1]}.
 
-    saes: {(name, layer): models.SAE, or what has its encode, error and W_dec}. The scores of one node add up to
+    saes: {(name, layer): models.SAE, or what has its encode and W_dec}. The scores of one node add up to
     attribute()'s, and cost the same passes.
     """
     check(model, original, patch, answers, {name for name, _ in saes})
@@ -361,7 +361,8 @@ def patch_features(
 
     def edit(key, sae):
         before, after = acts[key].flatten(2), patch_acts[key].flatten(2)
-        features, error = (difference(f(before), f(after)).to(before.dtype) for f in (sae.encode, sae.error))
+        features = difference(sae.encode(before), sae.encode(after)).to(before.dtype)
+        error = difference(before, after).to(before.dtype) - features @ sae.W_dec  # b_dec cancels
         features, W_dec = pad(features, (0, 1)), pad(sae.W_dec, (0, 0, 0, 1))  # the error comes last
 
         def value(prompts, pos, part):
@@ -495,16 +496,13 @@ def effects(
 
 
 class Neurons:
-    """A node's own dimensions in the place of an SAE's features: f = x, error = 0, W_dec [d, d] the identity."""
+    """A node's own dimensions in the place of an SAE's features: f = x, W_dec [d, d] the identity, and so no error."""
 
     def __init__(self, W_dec: Tensor):
         self.W_dec = W_dec
 
     def encode(self, x: Tensor) -> Tensor:
         return x
-
-    def error(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
 
 
 @torch.no_grad()
