@@ -1021,7 +1021,7 @@ def evaluate_circuits(name: str, args: argparse.Namespace) -> dict:
     if not (source := SAES.get(name) if args.saes == "auto" else args.saes):
         raise ValueError(f"no sparse autoencoders are known for {name}: name some with --saes")
     saes = models.load_saes(source, model, dtype, device, args.nodes)
-    first = model.config.n_layers // 3
+    first = first_judged(model)
     if not any(layer >= first for _, layer in saes):
         raise ValueError(f"{source} has no SAE in the layers that are judged, {first} to {model.config.n_layers - 1}")
     identity = lambda n: relp.Neurons(torch.eye(n, dtype=dtype, device=device))
@@ -1065,6 +1065,11 @@ def evaluate_circuits(name: str, args: argparse.Namespace) -> dict:
         save(folder / "circuits.png", lambda file: draw_circuits(file, name, found, args))
     print(f"  written to {folder}/")
     return summary
+
+
+def first_judged(model) -> int:
+    """The layer from which on circuits are judged: the first third is left out (Appendix A.2)."""
+    return model.config.n_layers // 3
 
 
 def agreement_pairs(tokenizer, model, args: argparse.Namespace) -> dict[str, tuple[list, list]]:
@@ -1142,9 +1147,9 @@ def judge(
     """The circuits at every threshold, run on the held-out pairs.
 
     T_N is a share of the total effect, |mean metric(original) - mean metric(patch)| on the discovery pairs, the same for
-    all methods. The first third of the layers is left as it is, and not counted (Appendix A.2).
+    all methods. Layers ahead of first_judged are left as they are, and not counted.
     """
-    metric, first = relp.METRICS[args.metric], model.config.n_layers // 3
+    metric, first = relp.METRICS[args.metric], first_judged(model)
     values = [x.mean().item() for x in relp.compare(model, *tensors(discovery, args.device), (), metric)[:2]]
     original, patch, answers = tensors(held_out, args.device)
     full, full_patch, _ = relp.compare(model, original, patch, answers, (), metric)
