@@ -690,7 +690,7 @@ def grid(name: str, model, pairs: list[tasks.Pair], scores: dict, args: argparse
     """
     flags = ["ln", "identity", *(["half"] if model.config.gated else []), "ah"]
     subsets = [[f for i, f in enumerate(flags) if code >> i & 1] for code in range(2 ** len(flags))]
-    join_up = lambda rules: "+".join(rule for rule in rules if rule) or "none"
+    join_up = lambda rules: "+".join(rule for rule in (*flags, *LINEAR) if rule and rule in rules) or "none"
     groups = [p.group for p in pairs]
     weights = torch.cat([torch.ones(1, len(pairs)), relp.resamples(groups, seed=args.seed)])
     table, means = {}, {}
@@ -714,16 +714,14 @@ def grid(name: str, model, pairs: list[tasks.Pair], scores: dict, args: argparse
         "ln": "LN alone: what the reference recipe computes",
         "none": "the gradient, AtP",
     }
-    without = lambda rules, flag: join_up([f for f in rules if f != flag])
     effects = {}
     for flag in flags:
         others = [subset for subset in subsets if flag not in subset]
-        in_order = lambda rules: join_up([f for f in flags if f in rules])
         effects[flag] = {
             "alone": estimate(means[flag] - means["none"]),
-            "beside the paper's others": estimate(means[in_order([*paper, flag])] - means[without(paper, flag)]),
+            "beside the paper's others": estimate(means[join_up({*paper, flag})] - means[join_up({*paper} - {flag})]),
             "on average": estimate(
-                torch.stack([means[in_order([*subset, flag])] - means[join_up(subset)] for subset in others]).mean(0)
+                torch.stack([means[join_up([*subset, flag])] - means[join_up(subset)] for subset in others]).mean(0)
             ),
         }
     found = {"rules": table, "effects": effects, "paper": join_up(paper)}
@@ -784,7 +782,7 @@ def print_audit(reports: dict, whole: bool) -> None:
             print(f"  audit of {label_of(method)} (without a rule: {', '.join(report['no rule']) or 'nothing'})")
         for rule, of in report["rules"].items():
             label = rule if isinstance(of["requested"], bool) else f"{rule}={of['requested']:g}"
-            if not of["applied"] and (whole or method != "twopoint"):  # two-point: the same for every family
+            if not of["applied"]:
                 print(f"    {label:20}is not applicable: {label_of(method)} meets no gate here")
             for what, end in (("applied", ""), ("unseen", "   by less than rounding")) if whole else ():
                 for kind, calls in of.get(what, {}).items():
