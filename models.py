@@ -1,63 +1,34 @@
-"""Transformers that can propagate relevance: GPT-2, GPT-NeoX (Pythia), Qwen2, Gemma 2 and Llama.
+"""Transformers that can propagate relevance: GPT-2, GPT-NeoX (Pythia), Qwen2, Gemma 2 and Llama, in plain PyTorch.
 
     model = from_pretrained("gpt2")
     logits = model(tokens)                         # the plain forward pass
-    logits = model(tokens, lrp=True)               # the same numbers; backward now follows the LRP rules
-    logits = model(tokens, hook=hook)              # every named node of the graph passes through hook(name, layer, value)
+    logits = model(tokens, lrp=True)               # the same numbers; backward now follows the paper's LRP rules
+    logits = model(tokens, hook=hook)              # every named node passes through hook(name, layer, value)
 
-Read it from the top: the rules (Table 1 of the RelP paper), the pieces, one block per data flow, the
-transformer, then the loading of Hugging Face checkpoints, sparse autoencoders and tokenizers, then an audit of the rules.
+Read it from the top: the rules (Table 1 of the RelP paper), the pieces, one block per data flow, the transformer. The
+second half reads the configurations, names and weights of Hugging Face checkpoints.
 
-Shapes: b batch, t pos, h head, d d_model (or d_head behind an h). Every node is [batch, pos, ...].
+Shapes: b batch, t position, h head; d is d_model, or d_head after an h, as in [b, t, h, d]. tokens are ids, int64.
+Numbers in brackets, such as [58], are the paper's references.
 """
 
-import io
 import json
 import math
 import re
-import unicodedata
 import zipfile
-from collections import Counter, deque
-from dataclasses import dataclass, fields, replace
-from functools import reduce
-from itertools import combinations
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------------------
-# Table 1: propagation rules. A rule leaves the forward pass as it is and makes part of it a constant, so that
-# autograd, run backward from the metric, returns LRP's propagation coefficient rho instead of the gradient.
-#
-# The two-point rules are its second column. The patch run is computed anyway: with its x' beside the original run's x,
-# what is constant can be taken between the two runs instead of at the original one, so that rho is right for the
-# change from x to x' rather than for a small one.
-
-ROWS = ("ln", "identity", "half", "attention")
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Which rows of Table 1 are on for a forward pass. Rules() is none of them: the plain gradient."""
-
-    ln: bool = False
-    identity: bool = False
-    half: bool = False
-    ah: bool = False
-    epsilon: float | None = None  # linear layers: the 0-rule, unless epsilon or gamma is given
-    gamma: float | None = None
-    temperature: float | None = None  # of the softmax on the way back, as in GIM (Edin et al. 2025); for comparison
-    two_point: tuple[str, ...] = ()  # of ROWS: those that are taken from the second column, whatever is said above
-    tape: "Tape | None" = None  # what they need of the patch run (see Tape)
-
-    def __post_init__(self):
-        if unknown := [row for row in self.two_point if row not in ROWS]:
-            raise ValueError(f"no two-point rule for {unknown[0]!r}: choose from {', '.join(ROWS)}")
-
-    def taped(self) -> "Rules":
-        return replace(self, tape=Tape())
+# ---------------------------------------------------------------------------------------------------------------------
+# Table 1: propagation rules. A rule changes no number of the forward pass. It tells autograd to treat a part of it as a
+# constant, [.]_const. in the table. Run backward from the metric, autograd then returns LRP's propagation coefficient
+# rho instead of the gradient.
 
 
 def const(x: Tensor, on: bool) -> Tensor:
@@ -65,108 +36,81 @@ def const(x: Tensor, on: bool) -> Tensor:
     return x.detach() if on else x
 
 
-def through(value: Tensor, passed: Tensor) -> Tensor:
-    """The value of `value`, the gradient of `passed`."""
-    return value.detach() + (passed - passed.detach())
+def backward_as(value: Tensor, passed: Tensor) -> Tensor:
+    """Returns `value`, but its gradient is the gradient of `passed`."""
+    return value.detach() + (passed - passed.detach()).to(value.dtype)
 
 
-def mid(x: Tensor, x_patch: Tensor) -> Tensor:
-    """[(x + x') / 2]_const."""
-    return torch.lerp(x.detach(), x_patch, 0.5)
+@dataclass(frozen=True)
+class Rules:
+    """Which rules of Table 1 are on in a forward pass. Rules() switches all off: the plain gradient.
 
-
-def alone(x: Tensor) -> None:
-    """The x' of a run that has no other beside it."""
-
-
-def ln_rule(x: Tensor, eps: float, on: bool, twin=alone) -> Tensor:
-    """LN-rule for LayerNorm (x centred before: that stays differentiable) and RMSNorm: x / [sqrt(eps + mean x^2)]_const.
-
-    Two-point: x [mean of both runs' 1 / sqrt]_const.
+    Each row of the table is a method, which the blocks below call. It returns the same value with and without its rule;
+    only the gradient differs. A rule of your own is a subclass that overrides a method.
     """
-    size = (x.square().mean(-1, keepdim=True) + eps).sqrt()
-    y, size_patch = x / const(size, on), twin(size)
-    return y if size_patch is None else through(y, x * mid(1 / size, 1 / size_patch))
 
+    ln: bool = False
+    identity: bool = False
+    half: bool = False
+    ah: bool = False
+    epsilon: float | None = None
+    gamma: float | None = None
 
-def identity_rule(x: Tensor, gate, on: bool, twin=alone) -> Tensor:
-    """Identity-rule for GELU and SiLU, both x * gate(x): x * [gate(x)]_const.
+    def norm(self, x: Tensor, eps: float) -> Tensor:
+        """LN-rule for LayerNorm (whose x is centred before) and RMSNorm: x / [sqrt(eps + mean x^2)]_const.
 
-    Two-point: x * [(y' - y) / (x' - x)]_const., the secant; where the runs (nearly) agree, the Identity-rule.
-    """
-    x_patch = twin(x)
-    g = const(gate(x), on or x_patch is not None)
-    y = x * g
-    y_patch = twin(y)
-    if x_patch is None:
+        Without it, the part of the relevance that lies along x is lost: a norm does not see the size of x.
+        """
+        return x / const((eps + x.square().mean(-1, keepdim=True)).sqrt(), self.ln)
+
+    def activation(self, x: Tensor, phi: Callable) -> Tensor:
+        """Identity-rule for GELU and SiLU, which are both x * phi(x): x * [phi(x)]_const."""
+        return x * const(phi(x), self.identity)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Linear layers add up contributions: y_j = sum_i z_ij + b_j with z_ij = x_i w_ji. x_i gets a share of R_j:
+
+        0-rule        z_ij / y_j
+        epsilon-rule  z_ij / (y_j + epsilon sign(y_j)), so that outputs near 0 pass less on
+        gamma-rule    (z_ij + gamma z_ij^+) / y_gamma_j, for positive y_j: see y_gamma()
+
+        Autograd carries rho_j = R_j / y_j. So the 0-rule is the plain gradient, and a rule with another denominator is
+        the gradient of its numerators times [y_j / denominator]_const.
+        """
+        y = F.linear(x, weight, bias)
+        if self.epsilon is not None:
+            size = upcast(y).abs()
+            return backward_as(y, y * (size / (size + self.epsilon)).detach())
+        if self.gamma is not None:
+            boosted = y_gamma(x, weight, bias, y, self.gamma)
+            return backward_as(y, boosted * (y / torch.where(boosted == 0, 1, boosted)).detach())
         return y
-    dx = x_patch - x.detach()
-    near = dx.abs() < torch.finfo(x.dtype).eps ** 0.5  # there the quotient would be made of rounding errors
-    return through(y, x * torch.where(near, g, (y_patch - y.detach()) / torch.where(near, 1, dx)))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, attend: "Attend") -> Tensor:
+        """AH-rule for attention heads: sum_i [A_ij]_const v_i. A depends on q and k only, so they are made constant."""
+        return attend(const(q, self.ah), const(k, self.ah), v)
+
+    def gate(self, a: Tensor, b: Tensor) -> Tensor:
+        """Half-rule for multiplicative gates: 0.5 a*b + [0.5 a*b]_const. Else each factor gets all of a*b's share."""
+        y = a * b
+        return backward_as(y, 0.5 * y) if self.half else y
+
+    def __post_init__(self):
+        for name in ("ln", "identity", "half", "ah"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"rule {name} is True or False, got {getattr(self, name)!r}")
+        for name in ("epsilon", "gamma"):
+            value = getattr(self, name)
+            if value is not None and not is_positive(value):
+                raise ValueError(f"rule {name} must be a positive number, got {value!r}")
+        if self.epsilon is not None and self.gamma is not None:
+            raise ValueError("epsilon and gamma are both rules for linear layers: choose one")
 
 
-def half_rule(a: Tensor, b: Tensor, on: bool, twin=alone, product=torch.mul) -> Tensor:
-    """Half-rule for multiplicative gates: 0.5 a*b + [0.5 a*b]_const.
-
-    Two-point, and so for the product of pattern and values: a*[b]_const + [a']_const*b, a going first to its new value
-    and then b. (The mean of both orders is as exact. But where the patch run exchanges two values, their means are equal,
-    and nothing is left for the pattern.)
-    """
-    y, a_patch = product(a, b), twin(a)
-    if a_patch is not None:
-        return through(y, product(through(a_patch, a), b))
-    return through(y, 0.5 * y) if on else y
-
-
-def softmax_rule(scores: Tensor, hidden: Tensor, temperature: float | None = None, twin=alone) -> Tensor:
-    """The attention pattern. Table 1 has no rule for it; at a temperature T, the derivative is that of the softmax of x / T.
-
-    Two-point: the derivative at the mean of both runs' scores.
-    """
-    softmax = lambda x: x.masked_fill(hidden, -torch.inf).softmax(-1)
-    pattern, scores_patch = softmax(scores), twin(scores)
-    if scores_patch is not None:
-        return through(pattern, softmax(through(mid(scores, scores_patch), scores)))
-    return pattern if temperature is None else through(pattern, temperature * softmax(scores / temperature))
-
-
-def ah_rule(pattern: Tensor, on: bool) -> Tensor:
-    """AH-rule for attention heads: the pattern A in sum_i A_ij x_i is constant."""
-    return const(pattern, on)
-
-
-def linear_rule(x: Tensor, weight: Tensor, bias: Tensor | None, rules: Rules) -> Tensor:
-    """Linear layers, y_j = sum_i z_ij + b_j with z_ij = x_i w_ji. R_i is the share of z_ij in y_j, times R_j:
-
-    0-rule        z_ij / y_j: nothing to do, it is Gradient x Input.
-    epsilon-rule  z_ij / (y_j + epsilon sign(y_j)): outputs near 0 pass less on.
-    gamma-rule    contributions of the sign of y_j count 1 + gamma times: (z_ij + gamma z_ij^+) / (y_j + gamma sum_i z_ij^+)
-                  where y_j > 0, with z_ij^- where y_j < 0 (b_j is one of the contributions). For inputs and outputs
-                  >= 0 it is LRP-gamma of [52]; this form, of [58], keeps the denominator away from 0 for any sign.
-    """
-    y = F.linear(x, weight, bias)
-    if rules.epsilon is not None:
-        passed = y * (y.abs() / (y.abs() + rules.epsilon)).detach()
-    elif rules.gamma is not None:
-        boost = lambda w, **sign: None if w is None else w + rules.gamma * w.clamp(**sign)
-        up, down = boost(weight, min=0), boost(weight, max=0)
-        b_up, b_down = boost(bias, min=0), boost(bias, max=0)
-        pos, neg = x * (x > 0), x * (x < 0)
-        positive, negative = (
-            F.linear(pos, up, b_up) + F.linear(neg, down),
-            F.linear(pos, down, b_down) + F.linear(neg, up),
-        )
-        boosted = torch.where(y > 0, positive, negative)
-        passed = boosted * (y / torch.where(boosted == 0, 1, boosted)).detach()  # |y| <= |boosted|
-    else:
-        return y
-    return through(y, passed)
-
-
-# Table 4: the rules of the paper's experiments (the 0-rule on linear layers, no AH-rule). Llama, which the paper
-# leaves out, is built of Qwen2's pieces. No row of Table 1 names Gemma 2's two softcaps: they keep their derivative,
-# as everything does that has no rule. Its post-norms are RMSNorms and get the LN-rule. The rotation of queries and
-# keys is linear in them and needs no rule.
+# Table 4: the rules of the paper's experiments (the 0-rule on linear layers, no AH-rule). Llama, which the paper leaves
+# out, is built from the same parts as Qwen2. What has no rule in Table 1 keeps its plain gradient: the softmax if the
+# AH-rule is off, and Gemma 2's two softcaps. Gemma 2's post-norms are RMSNorms and get the LN-rule. The rotation of
+# queries and keys is linear in them and needs no rule.
 TABLE_4 = {
     "gpt2": Rules(ln=True, identity=True),
     "gpt_neox": Rules(ln=True, identity=True),
@@ -175,55 +119,46 @@ TABLE_4 = {
     "llama": Rules(ln=True, identity=True, half=True),
 }
 
-# The two-point rules of each family. Gemma 2's blocks end in a norm, which answers a small change with its tangent and a
-# whole replacement with its chord. No one coefficient fits both, and the LN- and Half-rule do better there.
-TWO_POINT = {
-    family: replace(rules, two_point=tuple(row for row in ROWS if row == "attention" or getattr(rules, row)))
-    for family, rules in TABLE_4.items()
-} | {"gemma2": replace(TABLE_4["gemma2"], two_point=("identity", "attention"))}
+
+def y_gamma(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, gamma: float) -> Tensor:
+    """The gamma-rule's denominator: y_j, but each contribution with the same sign as y_j counts 1 + gamma times.
+
+    The bias is one of the contributions. For inputs and outputs >= 0 it is LRP-gamma of [52]; [58] extends it to any
+    sign; this is that form. Its size is at least that of y_j. An input of exactly 0 contributes nothing and gets rho 0,
+    although a patch may change it.
+    """
+    x, weight = upcast(x), upcast(weight)  # half precision could overflow here
+    bias = torch.zeros(len(weight)).to(weight) if bias is None else upcast(bias)
+    # z = x w is positive if both are, or neither is
+    x_positive, x_negative = x * (x > 0), x * (x < 0)
+    w_positive_more = weight + gamma * weight.clamp(min=0)
+    w_negative_more = weight + gamma * weight.clamp(max=0)
+    b_positive_more, b_negative_more = bias + gamma * bias.clamp(min=0), bias + gamma * bias.clamp(max=0)
+    positive_more = F.linear(x_positive, w_positive_more, b_positive_more) + F.linear(x_negative, w_negative_more)
+    negative_more = F.linear(x_positive, w_negative_more, b_negative_more) + F.linear(x_negative, w_positive_more)
+    return torch.where(y > 0, positive_more, negative_more)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The pieces. Each takes the Run that it is part of.
+# ---------------------------------------------------------------------------------------------------------------------
+# The pieces. `c` is the model's Config (below), `rules` are those in force, and `node` makes a named activation visible
+# from outside.
+
+LRP = bool | Rules  # False: no rule; True: the family's in Table 4
+Hook = Callable[[str, int, Tensor], Tensor]  # hook(name, layer, activation) -> activation
 
 
-@dataclass
-class Run:
-    """One forward pass as a block sees it: the rules in force, and the hook that every named node passes through."""
+class Nodes:
+    """The named nodes of one layer: x = node("q", x) shows x to the hook and goes on with what the hook returns."""
 
-    rules: Rules
-    hook: object  # hook(name, layer, value) -> value, or None; it sees the names in its attribute `nodes`, without one all
-    layer: int
-    start: int = 0  # the stream's first row is this position; keys and values before it come from the hook
-    last: bool = False  # only the last position's output is wanted
+    def __init__(self, hook: Hook | None, layer: int):
+        self.hook, self.layer = hook, layer
 
-    def wants(self, name: str) -> bool:
-        return self.hook is not None and name in getattr(self.hook, "nodes", (name,))
+    def wanted(self, name: str) -> bool:
+        """Does the hook want to see this node? If it has an attribute `nodes`, it wants those; otherwise all."""
+        return self.hook is not None and (not hasattr(self.hook, "nodes") or name in self.hook.nodes)
 
-    def __call__(self, name: str, value: Tensor) -> Tensor:
-        return self.hook(name, self.layer, value) if self.wants(name) else value
-
-    def twin(self, row: str):
-        """A function that takes this run's x to the patch run's, for a row of Table 1 that looks at both; else `alone`."""
-        if row not in self.rules.two_point:
-            return alone
-        if self.rules.tape is None:
-            raise ValueError("two-point rules need a patch run: call relp.attribute")
-        return self.rules.tape
-
-
-class Tape(deque):
-    """What the two-point rules need of the patch run: written there, read in the same order in the original run."""
-
-    playing = False
-
-    def __call__(self, x: Tensor) -> Tensor | None:
-        if not self.playing:
-            self.append(x.detach())
-            return None  # nobody asks for the patch run's gradient
-        if not self or self[0].shape != x.shape:
-            raise ValueError("the original run does not do what the patch run did: give both the same rules and shapes")
-        return self.popleft()
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        return self.hook(name, self.layer, x) if self.wanted(name) else x
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -231,17 +166,17 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def gelu_tanh_gate(x: Tensor) -> Tensor:
+def gelu_tanh_phi(x: Tensor) -> Tensor:
     """(1 + tanh u) / 2 = sigmoid(2u) with u = sqrt(2/pi) (x + 0.044715 x^3)."""
     c = 2 * math.sqrt(2 / math.pi)
     return torch.sigmoid(x * (c + c * 0.044715 * x.square()))
 
 
-GATES = {  # act(x) = x * gate(x)
+PHI = {  # the activation functions: act(x) = x * phi(x)
     "gelu": torch.special.ndtr,  # Phi, the normal distribution function
-    "gelu_new": gelu_tanh_gate,
-    "gelu_fast": gelu_tanh_gate,
-    "gelu_pytorch_tanh": gelu_tanh_gate,
+    "gelu_new": gelu_tanh_phi,
+    "gelu_fast": gelu_tanh_phi,
+    "gelu_pytorch_tanh": gelu_tanh_phi,
     "silu": torch.sigmoid,
     "swish": torch.sigmoid,
 }
@@ -253,8 +188,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
-    def forward(self, x: Tensor, run: Run) -> Tensor:
-        return linear_rule(x, self.weight, self.bias, run.rules)
+    def forward(self, x: Tensor, rules: Rules) -> Tensor:
+        return rules.linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.Module):
@@ -264,10 +199,10 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(c.d_model))
         self.bias = nn.Parameter(torch.zeros(c.d_model))
 
-    def forward(self, x: Tensor, run: Run) -> Tensor:
+    def forward(self, x: Tensor, rules: Rules) -> Tensor:
         h = upcast(x)
         h = h - h.mean(-1, keepdim=True)
-        return (ln_rule(h, self.eps, run.rules.ln, run.twin("ln")) * self.weight + self.bias).to(x.dtype)
+        return (rules.norm(h, self.eps) * self.weight + self.bias).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -276,10 +211,9 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = c.eps, c.norm_offset
         self.weight = nn.Parameter(torch.ones(c.d_model) - self.offset)
 
-    def forward(self, x: Tensor, run: Run) -> Tensor:
+    def forward(self, x: Tensor, rules: Rules) -> Tensor:
         # Gemma stores w and scales by 1 + w: added here, since 1 + w would lose digits of w in low precision
-        normed = ln_rule(upcast(x), self.eps, run.rules.ln, run.twin("ln"))
-        return (normed * (self.offset + upcast(self.weight))).to(x.dtype)
+        return (rules.norm(upcast(x), self.eps) * (self.offset + upcast(self.weight))).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -291,43 +225,82 @@ class Attention(nn.Module):
         self.v = Linear(c.d_model, c.n_kv_heads * c.d_head, c.qkv_bias)
         self.o = Linear(c.n_heads * c.d_head, c.d_model, c.out_bias)
 
-    def forward(self, x: Tensor, run: Run) -> Tensor:
-        c, heads = self.c, lambda y: y.unflatten(-1, (-1, self.c.d_head))
-        queries = x[:, -1:] if run.last else x
-        first = run.start + x.shape[1] - queries.shape[1]  # position of the first query
-        q = run("q", rotate(heads(self.q(queries, run)), first, c))  # [b, t, n_heads, d_head], rotated
-        k = run("k", rotate(heads(self.k(x, run)), run.start, c))  # [b, t, n_kv_heads, d_head], rotated
-        v = run("v", heads(self.v(x, run)))
-        if c.n_kv_heads < c.n_heads:
-            k, v = (y.repeat_interleave(c.n_heads // c.n_kv_heads, dim=2) for y in (k, v))
-        hidden = unseen(first, q.shape[1], k.shape[1], self.window, x.device)
-        kernel, twin = None, run.twin("attention")
-        if c.attn_softcap is None and not run.wants("pattern"):  # one kernel; the pattern is constant where q and k are
-            by_head = lambda y: y.transpose(1, 2)  # [b, h, t, d_head] and back
-            qkv = by_head(ah_rule(q, run.rules.ah)), by_head(ah_rule(k, run.rules.ah)), by_head(v)
-            z = kernel = by_head(F.scaled_dot_product_attention(*qkv, ~hidden.squeeze(1), scale=c.attn_scale))
-        if kernel is None or twin is not alone or run.rules.temperature is not None:
-            mix = lambda pattern, v: torch.einsum("bqhk,bkhd->bqhd", pattern, v)
-            pattern = softmax_rule(self.scores(q, k), hidden, run.rules.temperature, twin).to(x.dtype)
-            pattern = run("pattern", ah_rule(pattern, run.rules.ah))  # [b, query, h, key]
-            z = half_rule(pattern, v, False, twin, mix)
-            z = z if kernel is None else through(kernel, z)  # the same logits to the last bit
-        return self.o(run("z", z).flatten(-2), run)  # z [b, t, n_heads, d_head]
+    def forward(self, x: Tensor, rules: Rules, node: Nodes, start: int = 0, last: bool = False) -> Tensor:
+        """start and last serve to resume a run in the middle (see Transformer.block); usually x holds all positions.
+
+        With start > 0, k and v come back from the hook with the earlier positions in front. With last, only the last
+        position is a query.
+        """
+        queries = x[:, -1:] if last else x
+        first = start + x.shape[1] - queries.shape[1]  # position of the first query
+        q = node("q", rotate(self.split_heads(self.q(queries, rules)), first, self.c))
+        k = node("k", rotate(self.split_heads(self.k(x, rules)), start, self.c))
+        v = node("v", self.split_heads(self.v(x, rules)))
+        mask = causal_mask(first, q.shape[1], k.shape[1], self.window, x.device)
+        z = node("z", rules.attention(q, self.repeat_kv(k), self.repeat_kv(v), Attend(self.c, mask, node)))
+        return self.o(z.flatten(-2), rules)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[b, t, h * d_head] -> [b, t, h, d_head]"""
+        return x.unflatten(-1, (-1, self.c.d_head))
+
+    def repeat_kv(self, x: Tensor) -> Tensor:
+        """[b, t, n_kv_heads, d_head] -> [b, t, n_heads, d_head]: several query heads may share a key and value head."""
+        n = self.c.n_heads // self.c.n_kv_heads
+        return x if n == 1 else x.repeat_interleave(n, dim=2)
+
+
+@dataclass
+class Attend:
+    """The attention function of one layer in one pass: attend(q, k, v) is z, z_j = sum_i A_ij v_i.
+
+    The pattern A = softmax(scores(q, k)) is [b, query, h, key]; q, k, v and z are [b, t, h, d]. Attention makes this
+    object and Rules.attention calls it.
+    """
+
+    c: "Config"
+    mask: Tensor  # [query, 1, key]: True where a query must not see a key
+    node: Nodes
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.by_hand(q, k, v) if self.pattern_is_seen else self.fused(q, k, v)
+
+    @property
+    def pattern_is_seen(self) -> bool:
+        """Must the pattern be formed? If a hook wants it, or scores are capped, which the fused kernel cannot do."""
+        return self.node.wanted("pattern") or self.c.attn_softcap is not None
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """z in one kernel of PyTorch's, which is fast and never forms the pattern."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, h, t, d]
+        mask = ~self.mask.squeeze(1)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=self.c.attn_scale).transpose(1, 2)
+
+    def by_hand(self, q: Tensor, k: Tensor, v: Tensor, softmax=None, mix=None) -> Tensor:
+        """z step by step. Rules that must see the pattern call this, with a softmax or a mix of their own."""
+        pattern = self.node("pattern", (softmax or self.softmax)(self.scores(q, k)).to(v.dtype))
+        z = (mix or self.mix)(pattern, v)
+        return z if self.pattern_is_seen else backward_as(self.fused(q, k, v), z)  # the rules change no number
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """[b, query, h, key] of q and k [b, t, n_heads, d_head]; no key is hidden yet."""
         return softcap(upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * self.c.attn_scale, self.c.attn_softcap)
 
+    def softmax(self, scores: Tensor) -> Tensor:
+        return scores.masked_fill(self.mask, -torch.inf).softmax(-1)
 
-def unseen(first: int, n_queries: int, n_keys: int, window: int | None, device) -> Tensor:
-    """True where a query (at positions from `first`) must not see a key: [query, 1, key]."""
+    def mix(self, pattern: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bqhk,bkhd->bqhd", pattern, v)
+
+
+def causal_mask(first: int, n_queries: int, n_keys: int, window: int | None, device) -> Tensor:
+    """[query, 1, key]: True where a query must not see a key. Queries start at position `first`, keys at 0."""
     query = first + torch.arange(n_queries, device=device)[:, None, None]
     key = torch.arange(n_keys, device=device)
     return (key > query) if window is None else (key > query) | (key <= query - window)
 
 
 def rotate(x: Tensor, first: int, c: "Config") -> Tensor:
-    """Rotary position embedding of the first rotary_dim dimensions; x is [b, t, h, d_head], its rows at positions from `first`."""
+    """Rotary embedding of the first rotary_dim dimensions of x [b, t, h, d_head], at positions from `first`."""
     if c.rotary_dim == 0:
         return x
     half, dtype = c.rotary_dim // 2, torch.promote_types(x.dtype, torch.float32)
@@ -345,26 +318,36 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
 class MLP(nn.Module):
     def __init__(self, c: "Config"):
         super().__init__()
-        self.act = GATES[c.act]
+        self.phi = PHI[c.act]
         self.gate = Linear(c.d_model, c.d_mlp, c.mlp_bias) if c.gated else None
         self.up = Linear(c.d_model, c.d_mlp, c.mlp_bias)
         self.down = Linear(c.d_mlp, c.d_model, c.mlp_bias)
 
-    def forward(self, x: Tensor, run: Run) -> Tensor:
+    def forward(self, x: Tensor, rules: Rules, node: Nodes) -> Tensor:
         if self.gate is None:
-            hidden = self.activate(self.up(x, run), run)
+            hidden = self.activate(self.up(x, rules), rules)
         else:
-            gate, up = self.activate(self.gate(x, run), run), self.up(x, run)
-            hidden = half_rule(gate, up, run.rules.half, run.twin("half"))
-        return self.down(run("mlp_hidden", hidden), run)
+            hidden = rules.gate(self.activate(self.gate(x, rules), rules), self.up(x, rules))
+        return self.down(node("mlp_hidden", hidden), rules)
 
-    def activate(self, x: Tensor, run: Run) -> Tensor:
-        return identity_rule(upcast(x), self.act, run.rules.identity, run.twin("identity")).to(x.dtype)
+    def activate(self, x: Tensor, rules: Rules) -> Tensor:
+        return rules.activation(upcast(x), self.phi).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The blocks: one per data flow. attn_out and mlp_out are what is added to the residual stream. x[:, -n:] drops the
-# positions whose output nobody wants (run.last); otherwise it is x.
+# ---------------------------------------------------------------------------------------------------------------------
+# The blocks: one per data flow. Their nodes, in the order in which a hook sees them, each [batch, pos, ...]:
+#
+#     resid_pre                       the residual stream before the block                    [b, t, d_model]
+#     q, k, v                         queries and keys (rotated) and values     [b, t, n_heads or n_kv_heads, d_head]
+#     pattern                         attention weights                                       [b, query, n_heads, key]
+#     z                               the heads' outputs                                      [b, t, n_heads, d_head]
+#     attn_out                        what attention adds to the stream (after Gemma 2's post-norm)   [b, t, d_model]
+#     resid_mid                       the stream between attention and MLP                    [b, t, d_model]
+#     mlp_hidden                      the MLP's neurons, after activation and gate            [b, t, d_mlp]
+#     mlp_out                         what the MLP adds to the stream (after the post-norm)   [b, t, d_model]
+#     resid_post                      the stream after the block                              [b, t, d_model]
+#
+# x[:, -attn_out.shape[1] :] is the stream at the positions that attention returned: all, or with `last` the last one.
 
 
 class SequentialBlock(nn.Module):
@@ -377,12 +360,12 @@ class SequentialBlock(nn.Module):
         norm = LayerNorm if c.layer_norm else RMSNorm
         self.ln1, self.attn, self.ln2, self.mlp = norm(c), Attention(c, layer), norm(c), MLP(c)
 
-    def forward(self, x: Tensor, run: Run) -> Tensor:
-        x = run("resid_pre", x)
-        attn_out = run("attn_out", self.attn(self.ln1(x, run), run))
-        x = run("resid_mid", x[:, -attn_out.shape[1] :] + attn_out)
-        mlp_out = run("mlp_out", self.mlp(self.ln2(x, run), run))
-        return run("resid_post", x + mlp_out)
+    def forward(self, x: Tensor, rules: Rules, node: Nodes, start: int = 0, last: bool = False) -> Tensor:
+        x = node("resid_pre", x)
+        attn_out = node("attn_out", self.attn(self.ln1(x, rules), rules, node, start, last))
+        x = node("resid_mid", x[:, -attn_out.shape[1] :] + attn_out)
+        mlp_out = node("mlp_out", self.mlp(self.ln2(x, rules), rules, node))
+        return node("resid_post", x + mlp_out)
 
 
 class ParallelBlock(SequentialBlock):
@@ -390,40 +373,47 @@ class ParallelBlock(SequentialBlock):
 
     nodes = tuple(n for n in SequentialBlock.nodes if n != "resid_mid")
 
-    def forward(self, x: Tensor, run: Run) -> Tensor:
-        x = run("resid_pre", x)
-        attn_out = run("attn_out", self.attn(self.ln1(x, run), run))
+    def forward(self, x: Tensor, rules: Rules, node: Nodes, start: int = 0, last: bool = False) -> Tensor:
+        x = node("resid_pre", x)
+        attn_out = node("attn_out", self.attn(self.ln1(x, rules), rules, node, start, last))
         x = x[:, -attn_out.shape[1] :]
-        mlp_out = run("mlp_out", self.mlp(self.ln2(x, run), run))
-        return run("resid_post", x + attn_out + mlp_out)
+        mlp_out = node("mlp_out", self.mlp(self.ln2(x, rules), rules, node))
+        return node("resid_post", x + attn_out + mlp_out)
 
 
 class SandwichBlock(SequentialBlock):
-    """Gemma 2: a norm before and one behind attention and MLP; attn_out and mlp_out are taken behind the second."""
+    """Gemma 2: a norm before and one after attention and MLP; attn_out and mlp_out are taken after the second."""
 
     def __init__(self, c: "Config", layer: int):
         super().__init__(c, layer)
         self.ln1_post, self.ln2_post = RMSNorm(c), RMSNorm(c)
 
-    def forward(self, x: Tensor, run: Run) -> Tensor:
-        x = run("resid_pre", x)
-        attn_out = run("attn_out", self.ln1_post(self.attn(self.ln1(x, run), run), run))
-        x = run("resid_mid", x[:, -attn_out.shape[1] :] + attn_out)
-        mlp_out = run("mlp_out", self.ln2_post(self.mlp(self.ln2(x, run), run), run))
-        return run("resid_post", x + mlp_out)
+    def forward(self, x: Tensor, rules: Rules, node: Nodes, start: int = 0, last: bool = False) -> Tensor:
+        x = node("resid_pre", x)
+        attn = self.attn(self.ln1(x, rules), rules, node, start, last)
+        attn_out = node("attn_out", self.ln1_post(attn, rules))
+        x = node("resid_mid", x[:, -attn_out.shape[1] :] + attn_out)
+        mlp = self.mlp(self.ln2(x, rules), rules, node)
+        mlp_out = node("mlp_out", self.ln2_post(mlp, rules))
+        return node("resid_post", x + mlp_out)
 
 
 BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock, "sandwich": SandwichBlock}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer
+
+
 class Transformer(nn.Module):
     """tokens [batch, pos] -> logits [batch, pos, vocab].
 
-    lrp   False: the plain gradient. True: the paper's rules for this family (Table 4). Rules(...): those (two-point
-          rules through relp.attribute). The logits are bit-identical in every case; only what backward returns differs.
-    hook  hook(name, layer, value) -> value sees every named node in turn (`nodes` lists them) and returns what the
-          pass goes on with: the same to look, another to intervene. It lives for this call alone.
-          A hook that sees the pattern has attention form it, which rounds otherwise than the one kernel does.
+    lrp   False: the plain gradient. True: the paper's rules for this family (Table 4). Rules(...): exactly these. The
+          logits are bit-identical in every case; only what backward returns differs.
+    hook  hook(name, layer, x) -> x is called with every node (see the list above) and returns what the pass goes on
+          with: x itself to observe, another tensor to intervene. It lives for this call only. A hook that needs some
+          nodes only names them in its attribute `nodes`. If "pattern" is wanted, attention is computed step by step
+          instead of in one fused kernel; results then differ by rounding.
     """
 
     def __init__(self, config: "Config"):
@@ -437,14 +427,14 @@ class Transformer(nn.Module):
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """The names that the hook of a forward pass meets, in the order of a block's data flow."""
+        """The names of the nodes, in the order in which a hook sees them."""
         return self.blocks[0].nodes
 
-    def forward(self, tokens: Tensor, lrp: bool | Rules = False, hook=None) -> Tensor:
+    def forward(self, tokens: Tensor, lrp: LRP = False, hook: Hook | None = None) -> Tensor:
         return self.unembed(self.stream(tokens, lrp, hook), lrp)
 
-    def stream(self, tokens: Tensor, lrp: bool | Rules = False, hook=None) -> Tensor:
-        """The residual stream behind the last block: [batch, pos, d_model]."""
+    def stream(self, tokens: Tensor, lrp: LRP = False, hook: Hook | None = None) -> Tensor:
+        """The residual stream after the last block: [batch, pos, d_model]."""
         x = self.embed(tokens)
         for layer in range(self.config.n_layers):
             x = self.block(layer, x, lrp, hook)
@@ -453,9 +443,7 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         c = self.config
         if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(
-                f"tokens must have the shape [batch, pos] with at least one position, got {list(tokens.shape)}"
-            )
+            raise ValueError(f"tokens must be [batch, pos] with at least one position, got {list(tokens.shape)}")
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < c.n_vocab:
             raise ValueError(f"token ids must lie in 0..{c.n_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}")
         if tokens.shape[1] > c.n_ctx:
@@ -466,29 +454,35 @@ class Transformer(nn.Module):
         return x if self.embed_positions is None else x + self.embed_positions.weight[: tokens.shape[1]]
 
     def block(
-        self, layer: int, x: Tensor, lrp: bool | Rules = False, hook=None, start: int = 0, last: bool = False
+        self, layer: int, x: Tensor, lrp: LRP = False, hook: Hook | None = None, start: int = 0, last: bool = False
     ) -> Tensor:
         """One block on the stream x [batch, pos, d_model]; with it a run can be resumed in the middle.
 
-        start  x holds the positions from `start` on, and the hook puts the keys and values of those before in
-               front of what it is given at "k" and "v".
-        last   return the last position alone, [batch, 1, d_model], and compute no other where that is possible.
+        start  x holds the positions from `start` on. At "k" and "v" the hook gets the keys and values of these, and
+               must return them with those of the positions 0 to start - 1 in front.
+        last   return the last position only, [batch, 1, d_model]. Keys and values of all positions are still computed.
         """
-        return self.blocks[layer](x, Run(self.rules(lrp), hook, layer, start, last))
+        return self.blocks[layer](x, self.rules(lrp), Nodes(hook, layer), start, last)
 
-    def unembed(self, x: Tensor, lrp: bool | Rules = False, columns: Tensor | None = None) -> Tensor:
-        """Logits [..., vocab] of the stream x [..., d_model]; of the token ids in `columns` alone where given."""
-        run = Run(self.rules(lrp), None, self.config.n_layers)
-        weight = (self.unembed_tokens or self.embed_tokens).weight
+    def unembed(self, x: Tensor, lrp: LRP = False, columns: Tensor | None = None) -> Tensor:
+        """Logits [..., vocab] of the stream x [..., d_model]; if `columns` are given, of these token ids only."""
+        rules = self.rules(lrp)
+        weight = self.embed_tokens.weight if self.config.tied else self.unembed_tokens.weight
         weight = weight if columns is None else weight[columns]
-        return softcap(upcast(linear_rule(self.ln_f(x, run), weight, None, run.rules)), self.config.logit_softcap)
+        return softcap(upcast(rules.linear(self.ln_f(x, rules), weight, None)), self.config.logit_softcap)
 
-    def rules(self, lrp: bool | Rules) -> Rules:
-        return lrp if isinstance(lrp, Rules) else TABLE_4[self.config.family] if lrp else Rules()
+    def rules(self, lrp: LRP) -> Rules:
+        """The rules that `lrp` stands for."""
+        if isinstance(lrp, Rules):
+            return lrp
+        if not isinstance(lrp, bool):
+            raise ValueError(f"lrp must be True (the paper's rules), False (none) or Rules(...), got {lrp!r}")
+        return TABLE_4[self.config.family] if lrp else Rules()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Configurations: one function per family from the fields of config.json, with the defaults of transformers.
+# ---------------------------------------------------------------------------------------------------------------------
+# The method ends here; the rest reads Hugging Face checkpoints. First configurations: one function per family from the
+# fields of config.json, with the defaults of transformers.
 
 
 @dataclass(frozen=True)
@@ -526,34 +520,31 @@ class Config:
         return 2 * len(self.rotary_freqs)
 
     def check(self) -> None:
-        """ValueError where a value, as config.json gave it, cannot be."""
+        """ValueError if config.json gives a value that is impossible."""
         of = f"config.json of a {self.family} model gives"
-        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and x > 0
-        size = lambda x: number(x) and isinstance(x, int)
+        hints = get_type_hints(Config)
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and not size(value):
-                raise ValueError(f"{of} {field.name} = {value!r}: a positive whole number is needed")
-            optional = field.name in ("attn_softcap", "logit_softcap")
-            if (optional and value is not None or field.name in ("eps", "attn_scale")) and not number(value):
-                raise ValueError(f"{of} {field.name} = {value!r}: a positive number is needed")
-            if field.type is bool and not isinstance(value, bool):
-                raise ValueError(f"{of} {field.name} = {value!r}: true or false is needed")
+            name, value = field.name, getattr(self, field.name)
+            if hints[name] is int and not is_size(value):
+                raise ValueError(f"{of} {name} = {value!r}: a positive whole number is needed")
+            if hints[name] is bool and not isinstance(value, bool):
+                raise ValueError(f"{of} {name} = {value!r}: true or false is needed")
+            optional = name in ("attn_softcap", "logit_softcap")
+            if (name in ("eps", "attn_scale") or optional and value is not None) and not is_positive(value):
+                raise ValueError(f"{of} {name} = {value!r}: a positive number is needed")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{of} {self.n_heads} heads for {self.n_kv_heads} key-value heads: not a multiple")
-        if len(self.windows) != self.n_layers or not all(w is None or size(w) for w in self.windows):
+        if len(self.windows) != self.n_layers or not all(w is None or is_size(w) for w in self.windows):
             raise ValueError(f"{of} the attention windows {list(self.windows)} for {self.n_layers} layers")
-        rotated = (
-            all(isinstance(f, float) and math.isfinite(f) for f in self.rotary_freqs) and self.rotary_dim <= self.d_head
-        )
-        if not rotated or (self.rotary_dim == 0) != (self.family == "gpt2"):
+        finite = all(isinstance(f, float) and math.isfinite(f) for f in self.rotary_freqs)
+        if not finite or self.rotary_dim > self.d_head or (self.rotary_dim == 0) != (self.family == "gpt2"):
             raise ValueError(f"{of} rotary frequencies that cannot be for heads of {self.d_head} dimensions")
-        if self.act not in list(GATES):
-            raise ValueError(f"activation {self.act!r} is not supported: this project knows {', '.join(GATES)}")
+        if not isinstance(self.act, str) or self.act not in PHI:
+            raise ValueError(f"activation {self.act!r} is not supported: this project knows {', '.join(PHI)}")
 
     @staticmethod
     def from_hf(c: dict) -> "Config":
-        """The fields of a Hugging Face config.json, as transformers 4 or 5 writes it. ValueError where it is not one of ours."""
+        """From a config.json, as transformers 4 or 5 writes it. ValueError if it is not one of ours."""
         family = c.get("model_type")
         if not isinstance(family, str) or family not in CONFIGS:
             raise ValueError(f"model_type {family!r} is not supported: this project knows {', '.join(CONFIGS)}")
@@ -567,41 +558,52 @@ class Config:
         return config
 
 
+def is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def is_size(value: object) -> bool:
+    return isinstance(value, int) and is_positive(value)
+
+
 def gpt2_config(c: dict) -> dict:
     ours = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     for field, wanted in ours.items():
         if c.get(field, wanted) != wanted:
             raise ValueError(f"gpt2 with {field}={c[field]} is not supported")
-    d, heads = c["n_embd"], c["n_head"]
+    d, heads, layers = c["n_embd"], c["n_head"], c["n_layer"]
     return dict(
-        n_layers=c["n_layer"], d_model=d, n_heads=heads, n_kv_heads=heads, d_head=d // heads, d_mlp=c.get("n_inner") or 4 * d,
-        n_vocab=c["vocab_size"], n_ctx=c["n_positions"], eps=c.get("layer_norm_epsilon", 1e-5), act=c.get("activation_function", "gelu_new"),
-        block="sequential", layer_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True, tied=c.get("tie_word_embeddings", True),
-        attn_scale=(d // heads) ** -0.5, windows=(None,) * c["n_layer"],
+        n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=heads, d_head=d // heads,
+        d_mlp=c.get("n_inner") or 4 * d, n_vocab=c["vocab_size"], n_ctx=c["n_positions"],
+        eps=c.get("layer_norm_epsilon", 1e-5), act=c.get("activation_function", "gelu_new"),
+        block="sequential", layer_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True,
+        tied=c.get("tie_word_embeddings", True), attn_scale=(d // heads) ** -0.5, windows=(None,) * layers,
     )  # fmt: skip
 
 
 def gpt_neox_config(c: dict) -> dict:
-    d, heads, bias = c["hidden_size"], c["num_attention_heads"], c.get("attention_bias", True)
+    d, heads, layers = c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]
+    bias = c.get("attention_bias", True)
     return dict(
-        n_layers=c["num_hidden_layers"], d_model=d, n_heads=heads, n_kv_heads=heads, d_head=d // heads, d_mlp=c["intermediate_size"],
-        n_vocab=c["vocab_size"], n_ctx=c["max_position_embeddings"], eps=c.get("layer_norm_eps", 1e-5), act=c.get("hidden_act", "gelu"),
+        n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=heads, d_head=d // heads,
+        d_mlp=c["intermediate_size"], n_vocab=c["vocab_size"], n_ctx=c["max_position_embeddings"],
+        eps=c.get("layer_norm_eps", 1e-5), act=c.get("hidden_act", "gelu"),
         block="parallel" if c.get("use_parallel_residual", True) else "sequential",
-        layer_norm=True, qkv_bias=bias, out_bias=bias, mlp_bias=True, tied=c.get("tie_word_embeddings", False),
-        attn_scale=(d // heads) ** -0.5, windows=(None,) * c["num_hidden_layers"],
+        layer_norm=True, qkv_bias=bias, out_bias=bias, mlp_bias=True,
+        tied=c.get("tie_word_embeddings", False), attn_scale=(d // heads) ** -0.5, windows=(None,) * layers,
         rotary_freqs=rotary_freqs(c, d // heads, c.get("rotary_pct", 0.25), c.get("rotary_emb_base", 10000.0)),
     )  # fmt: skip
 
 
 def llama_config(c: dict) -> dict:
-    d, heads = c["hidden_size"], c["num_attention_heads"]
-    d_head = c.get("head_dim") or d // heads
+    d, heads, layers = c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]
+    d_head, bias = c.get("head_dim") or d // heads, c.get("attention_bias", False)
     return dict(
-        n_layers=c["num_hidden_layers"], d_model=d, n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads, d_head=d_head,
+        n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads, d_head=d_head,
         d_mlp=c["intermediate_size"], n_vocab=c["vocab_size"], n_ctx=c.get("max_position_embeddings", 2048),
         eps=c.get("rms_norm_eps", 1e-6), act=c.get("hidden_act", "silu"), block="sequential", gated=True,
-        qkv_bias=c.get("attention_bias", False), out_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False),
-        tied=c.get("tie_word_embeddings", False), attn_scale=d_head**-0.5, windows=(None,) * c["num_hidden_layers"],
+        qkv_bias=bias, out_bias=bias, mlp_bias=c.get("mlp_bias", False),
+        tied=c.get("tie_word_embeddings", False), attn_scale=d_head**-0.5, windows=(None,) * layers,
         rotary_freqs=rotary_freqs(c, d_head),
     )  # fmt: skip
 
@@ -615,14 +617,14 @@ def qwen2_config(c: dict) -> dict:
 
 
 def gemma2_config(c: dict) -> dict:
-    n, d_head = c["num_hidden_layers"], c.get("head_dim", 256)
+    n, d_head, window = c["num_hidden_layers"], c.get("head_dim", 256), c.get("sliding_window", 4096)
     kinds = c.get("layer_types") or ["full_attention" if layer % 2 else "sliding_attention" for layer in range(n)]
     return {
         **llama_config({**c, "head_dim": d_head}),
         "block": "sandwich", "norm_offset": 1.0, "mlp_bias": False, "tied": c.get("tie_word_embeddings", True),
         "act": c.get("hidden_activation") or c.get("hidden_act") or "gelu_pytorch_tanh",
         "attn_scale": c.get("query_pre_attn_scalar", 256) ** -0.5, "embed_scale": c["hidden_size"] ** 0.5,
-        "windows": tuple(c.get("sliding_window", 4096) if kind == "sliding_attention" else None for kind in kinds),
+        "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
         "attn_softcap": c.get("attn_logit_softcapping", 50.0), "logit_softcap": c.get("final_logit_softcapping", 30.0),
     }  # fmt: skip
 
@@ -637,7 +639,7 @@ CONFIGS = {
 
 
 def rotary_freqs(c: dict, d_head: int, fraction: float = 1.0, theta: float = 10000.0) -> tuple[float, ...]:
-    """Radians per position of each rotated pair. transformers 5 has them in rope_parameters, 4 in rope_scaling and rope_theta."""
+    """Radians per position of each rotated pair. transformers 5 has rope_parameters, 4 rope_scaling and rope_theta."""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     theta = rope.get("rope_theta") or c.get("rope_theta") or theta
     dim = int(d_head * rope.get("partial_rotary_factor", fraction))
@@ -654,37 +656,43 @@ def rotary_freqs(c: dict, d_head: int, fraction: float = 1.0, theta: float = 100
     return tuple(freqs)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Checkpoints: one literal table per family, {their module: our module, or several and a fix-up}; "{}" is the layer. Each
-# line stands for the weight and, where ours has one, the bias.
+# ---------------------------------------------------------------------------------------------------------------------
+# Names: one literal table per family, {their module: our module, or several and a fix-up}; "{}" is the layer. Each line
+# stands for the weight and, if our module has one, the bias.
 
 
 @dataclass(frozen=True)
 class FixUp:
     """How a checkpoint stores a tensor: load(theirs, n, config) gives our n tensors, save(ours, config) theirs."""
 
-    load: object
-    save: object
+    load: Callable
+    save: Callable
 
 
-def turned(x: Tensor) -> Tensor:
+def transposed(x: Tensor) -> Tensor:
     return x.T if x.ndim == 2 else x
 
 
+def load_interleaved(x: Tensor, n: int, c: Config) -> tuple[Tensor, ...]:
+    """[head * (q, k, v) * d_head, ...] -> three of [head * d_head, ...]"""
+    return x.unflatten(0, (c.n_heads, n, c.d_head)).transpose(0, 1).flatten(1, 2).unbind(0)
+
+
+def save_interleaved(xs: list[Tensor], c: Config) -> Tensor:
+    return torch.stack([x.unflatten(0, (c.n_heads, c.d_head)) for x in xs], 1).flatten(0, 2)
+
+
 AS_IT_IS = FixUp(lambda x, n, c: x.chunk(n), lambda xs, c: torch.cat(xs))
-# GPT-2's Conv1D keeps its weights as [d_in, d_out]; its q, k, v stand one behind the other
-CONV1D = FixUp(lambda x, n, c: turned(x).chunk(n), lambda xs, c: turned(torch.cat(xs)))
-# GPT-NeoX's q, k, v are interleaved by head: [head, (q, k, v), d_head]
-INTERLEAVED = FixUp(
-    lambda x, n, c: x.unflatten(0, (c.n_heads, n, c.d_head)).transpose(0, 1).flatten(1, 2).unbind(0),
-    lambda xs, c: torch.stack([x.unflatten(0, (c.n_heads, c.d_head)) for x in xs], 1).flatten(0, 2),
-)
+# GPT-2's Conv1D keeps its weights as [d_in, d_out]; its q, k, v stand one after the other
+CONV1D = FixUp(lambda x, n, c: transposed(x).chunk(n), lambda xs, c: transposed(torch.cat(xs)))
+INTERLEAVED = FixUp(load_interleaved, save_interleaved)  # GPT-NeoX: q, k and v of each head stand together
+QKV = ("blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v")
 
 GPT2_NAMES = {
     "transformer.wte": "embed_tokens",
     "transformer.wpe": "embed_positions",
     "transformer.h.{}.ln_1": "blocks.{}.ln1",
-    "transformer.h.{}.attn.c_attn": ("blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v", CONV1D),
+    "transformer.h.{}.attn.c_attn": (*QKV, CONV1D),
     "transformer.h.{}.attn.c_proj": ("blocks.{}.attn.o", CONV1D),
     "transformer.h.{}.ln_2": "blocks.{}.ln2",
     "transformer.h.{}.mlp.c_fc": ("blocks.{}.mlp.up", CONV1D),
@@ -695,12 +703,7 @@ GPT2_NAMES = {
 GPT_NEOX_NAMES = {
     "gpt_neox.embed_in": "embed_tokens",
     "gpt_neox.layers.{}.input_layernorm": "blocks.{}.ln1",
-    "gpt_neox.layers.{}.attention.query_key_value": (
-        "blocks.{}.attn.q",
-        "blocks.{}.attn.k",
-        "blocks.{}.attn.v",
-        INTERLEAVED,
-    ),
+    "gpt_neox.layers.{}.attention.query_key_value": (*QKV, INTERLEAVED),
     "gpt_neox.layers.{}.attention.dense": "blocks.{}.attn.o",
     "gpt_neox.layers.{}.post_attention_layernorm": "blocks.{}.ln2",
     "gpt_neox.layers.{}.mlp.dense_h_to_4h": "blocks.{}.mlp.up",
@@ -722,7 +725,8 @@ LLAMA_NAMES = {
     "model.norm": "ln_f",
     "lm_head": "unembed_tokens",
 }
-GEMMA2_NAMES = {  # Llama's, but for the norms: what Llama calls post_attention is the norm before the MLP, here the one behind attention
+# Llama's except for the norms: Llama calls the norm before the MLP "post_attention"; here this is one after attention
+GEMMA2_NAMES = {
     **LLAMA_NAMES,
     "model.layers.{}.post_attention_layernorm": "blocks.{}.ln1_post",
     "model.layers.{}.pre_feedforward_layernorm": "blocks.{}.ln2",
@@ -736,8 +740,9 @@ NAMES = {
     "llama": LLAMA_NAMES,
 }
 
-# masks and frequencies that old checkpoints keep as buffers; a copy of the embedding where the two are tied
+# masks and frequencies that old checkpoints keep as buffers
 BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|(^|\.)rotary_emb\.inv_freq$")
+# a copy of the embedding, if the two are tied
 UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 
 
@@ -764,6 +769,9 @@ def to_checkpoint(model: Transformer) -> dict[str, Tensor]:
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights: where a checkpoint's files are, and how they become a model.
+
 SHORT_NAMES = {
     "gpt2": "openai-community/gpt2",
     "gpt2-medium": "openai-community/gpt2-medium",
@@ -775,39 +783,42 @@ SHORT_NAMES = {
     "qwen2-0.5b": "Qwen/Qwen2-0.5B",
     "qwen2-7b": "Qwen/Qwen2-7B",
     "gemma2-2b": "google/gemma-2-2b",
-    **{f"toy-{kind}": str(Path(__file__).parent / "toy" / kind) for kind in ("gpt2", "neox", "qwen2", "gemma2")},
 }
+TOYS = Path(__file__).parent / "toy"  # the small models beside this file; a copy of it elsewhere has none
+SHORT_NAMES |= {f"toy-{kind}": str(TOYS / kind) for kind in ("gpt2", "neox", "qwen2", "gemma2") if TOYS.is_dir()}
 
 
 def from_pretrained(
-    name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", shard: bool = False
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    shard: Callable[[Transformer], None] | None = None,
 ) -> Transformer:
-    """A model from a short name (SHORT_NAMES), a Hub repository "owner/name" or a local directory in Hugging Face layout.
+    """A model from a short name (SHORT_NAMES), a Hub repository "owner/name", or a directory in Hugging Face layout.
 
-    Its weights need no gradient and keep the checkpoint's values: nothing is folded or centred. ValueError, in one line,
-    for an unknown name, no network, a gated or missing repository, a family that is not ours, a corrupt file, and
-    tensors that are missing, unexpected or of the wrong shape.
+    Its weights need no gradient and keep the checkpoint's values: nothing is folded or centred. ValueError, in one
+    line, for an unknown name, no network, a gated or missing repository, a family that is not ours, a corrupt file,
+    and tensors that are missing, unexpected or of the wrong shape.
 
-    shard: every process of torch.distributed keeps a part of each weight and gathers a block's just before it runs
-    (PyTorch's FSDP2). All of them must then make the same calls.
+    shard: called with the model while it has no weights yet, to share these out over several processes.
     """
     config = Config.from_hf(read_json(fetch(name, "config.json")))
     with torch.device("meta"):
         model = Transformer(config)
     if shard:
-        shard_weights(model, torch.device(device).type)
+        shard(model)
     load_weights(model, weight_files(name), dtype, device)
     return model.requires_grad_(False).eval()
 
 
-def load_weights(model: Transformer, files: list[Path], dtype: torch.dtype, device) -> None:
-    """Fill a model on the meta device tensor by tensor, strictly: every tensor it needs once, none that it does not know."""
+def load_weights(model: Transformer, files: list[Path], dtype: torch.dtype, device: str | torch.device) -> None:
+    """Fill a model on the meta device tensor by tensor, strictly: every tensor that it needs, none that it does not."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     table, c = layout(model), model.config
     ours, values = dict(model.named_parameters()), {}
     missing, unexpected = dict(table), []
-    prefix = next(iter(table)).split(".")[0] + "."  # published GPT-2 checkpoints leave out "transformer."
+    prefix = next(iter(table)).split(".")[0] + "."  # published GPT-2 checkpoints leave it out
     for file in files:
         for theirs, tensor in read_tensors(file):
             name = theirs if theirs in table else prefix + theirs
@@ -816,58 +827,39 @@ def load_weights(model: Transformer, files: list[Path], dtype: torch.dtype, devi
                     unexpected.append(theirs)
                 continue
             names, fix = table[name]
-            wanted = fix.save([ours[n] for n in names], c).shape
-            if tensor.shape != wanted:
-                raise ValueError(
-                    f"{file}: {theirs} has the shape {list(tensor.shape)}, config.json asks for {list(wanted)}"
-                )
+            wanted = list(fix.save([ours[n] for n in names], c).shape)  # of meta tensors: costs nothing
+            if list(tensor.shape) != wanted:
+                raise ValueError(f"{file}: {theirs} has the shape {list(tensor.shape)}, config.json asks for {wanted}")
             for n, piece in zip(names, fix.load(tensor, len(names), c)):
-                values[n] = torch.empty(piece.shape, dtype=dtype, device=device).copy_(piece)
+                value = torch.empty(piece.shape, dtype=dtype, device=device).copy_(piece)
                 if isinstance(ours[n], DTensor):
-                    values[n] = distribute_tensor(
-                        values[n], ours[n].device_mesh, ours[n].placements, src_data_rank=None
-                    )
+                    value = distribute_tensor(value, ours[n].device_mesh, ours[n].placements, src_data_rank=None)
+                values[n] = value
             missing.pop(name, None)
     for what, them in (("lacks", list(missing)), ("has unexpected", unexpected)):
         if them:
-            raise ValueError(
-                f"the checkpoint {files[0].parent} {what} {len(them)} tensors: {', '.join(them[:4])}{', ...' * (len(them) > 4)}"
-            )
+            some = ", ".join(them[:4]) + ", ..." * (len(them) > 4)
+            raise ValueError(f"the checkpoint {files[0].parent} {what} {len(them)} tensors: {some}")
     model.load_state_dict(values, assign=True)
 
 
-def shard_weights(model: Transformer, device: str) -> None:
-    """Share the weights out over the processes: a unit per block, one for the rest."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh)
-    for method in ("embed", "unembed"):  # these are called without going through the model's forward
-        register_fsdp_forward_method(model, method)
-
-
-def read_tensors(file: Path):
-    """Yields (name, tensor) of a safetensors file, or of a pytorch_model.bin without running the code it may hold."""
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError, safe_open
+def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The names and tensors of a safetensors file, or of a pytorch_model.bin without running the code it may hold."""
+    from safetensors import safe_open
 
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 sizes = {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-            # The file is mapped into memory anew for each tensor, the largest first: when most weights are in their
-            # place, little is mapped beside them.
+            # The file is mapped into memory anew for each tensor, the largest first: so little is mapped at the end,
+            # when most weights are loaded.
             for name in sorted(sizes, key=sizes.get, reverse=True):
                 with safe_open(file, framework="pt") as tensors:
                     yield name, tensors.get_tensor(name)
-        else:  # published ones from before torch 1.6 are no zip archives, which alone can be mapped
+        else:  # only zip archives can be mapped, which torch writes since 1.6
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-            if not isinstance(content, dict) or not all(
-                isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
-            ):
+            named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+            if not named or not all(isinstance(value, Tensor) for value in content.values()):
                 raise RuntimeError("not a dictionary of named tensors")
             yield from content.items()
     except Exception as error:  # a damaged pickle can run into anything
@@ -902,49 +894,53 @@ class MissingFile(ValueError):
 
 
 class Unreachable(ValueError):
-    """A file of a repository is not in the cache and could not be asked for: whether there is one is not known."""
+    """A file of a repository is not in the cache, and the Hub could not be asked whether it has one."""
+
+
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def fetch(name: str, file: str) -> Path:
-    """The path of one file of a checkpoint, downloaded where the name is a repository. MissingFile, or ValueError for all else."""
-    name = SHORT_NAMES.get(name, name)
-    if Path(name).is_dir():
-        if not (Path(name) / file).is_file():
-            raise MissingFile(f"{name} has no file {file}")
-        return Path(name) / file
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise ValueError(
-            f"unknown model {name!r}: give one of {', '.join(SHORT_NAMES)}, a Hub repository owner/name, or a directory"
-        )
+    """The path of one file of a checkpoint; it is downloaded if the name is that of a repository.
+
+    MissingFile if the checkpoint has no such file, Unreachable if that is not known, ValueError for all else.
+    """
+    source = SHORT_NAMES.get(name, name)
+    if Path(source).is_dir():
+        if not (Path(source) / file).is_file():
+            raise MissingFile(f"{source} has no file {file}")
+        return Path(source) / file
+    if not REPOSITORY.fullmatch(source):
+        known = ", ".join(SHORT_NAMES)
+        raise ValueError(f"unknown model {name!r}: give one of {known}, a Hub repository owner/name, or a directory")
     from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
 
-    if (
-        try_to_load_from_cache(name, file) is _CACHED_NO_EXIST
-    ):  # at the commit in use; asking again takes long without a network
-        raise MissingFile(f"the repository {name} has no file {file}")
+    # Asked before at the commit in use, and there was none: asking again takes long without a network.
+    if try_to_load_from_cache(source, file) is _CACHED_NO_EXIST:
+        raise MissingFile(f"the repository {source} has no file {file}")
     try:
-        return Path(hf_hub_download(name, file))
+        return Path(hf_hub_download(source, file))
     except errors.GatedRepoError:
-        raise ValueError(
-            f"{name} is gated: accept its terms on its Hub page, then log in with `hf auth login`"
-        ) from None
+        reason = f"{source} is gated: accept its terms on its Hub page, then log in with `hf auth login`"
+        raise ValueError(reason) from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(
-            f"{name} is no directory here and no repository on the Hub, or a private one: `hf auth login` opens your own"
-        ) from None
+        raise ValueError(no_repository(source)) from None
     except errors.LocalEntryNotFoundError:
-        raise Unreachable(
-            f"{file} of {name} is not in the cache and the Hub cannot be reached: check the network, or give a directory"
-        ) from None
+        reason = f"{file} of {source} is not in the cache and the Hub cannot be reached"
+        raise Unreachable(f"{reason}: check the network, or give a directory") from None
     except errors.EntryNotFoundError:
-        raise MissingFile(f"the repository {name} has no file {file}") from None
-    except (
-        Exception
-    ) as error:  # OSError, or one of the HTTP library's own (httpx or httpx2: huggingface_hub's version decides)
-        raise ValueError(f"downloading {file} of {name} failed: {first_line(error)}") from None
+        raise MissingFile(f"the repository {source} has no file {file}") from None
+    except Exception as error:  # OSError, or one of the HTTP library that huggingface_hub's version uses
+        raise ValueError(f"downloading {file} of {source} failed: {first_line(error)}") from None
+
+
+def no_repository(name: str) -> str:
+    login = "if it is private, log in with `hf auth login`"
+    return f"{name} is neither a directory here nor a repository on the Hub; {login}"
 
 
 def read_json(path: Path) -> dict:
+    """A JSON object from a file; ValueError if it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -956,738 +952,3 @@ def read_json(path: Path) -> dict:
 
 def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Sparse autoencoders: dictionaries of directions, of which few at a time make up a node's activation.
-
-
-@dataclass
-class SAE:
-    """The sparse autoencoder of one node: x [..., d] -> features f [..., n_features], f >= 0 -> x_hat [..., d].
-
-    threshold  None: f = ReLU(pre). Else a JumpReLU: f = pre where pre > threshold, otherwise 0 (Rajamanoharan et al. 2024).
-    centred    b_dec is taken off x before it is encoded (dictionary_learning does so, Gemma Scope does not, SAELens either way).
-
-    d is d_model, and for z n_heads * d_head: the node [batch, pos, n_heads, d_head] as z.flatten(-2). The weights need no
-    gradient; one can be taken with respect to x. x should have their dtype.
-    """
-
-    W_enc: Tensor  # [d, n_features]
-    b_enc: Tensor  # [n_features]
-    W_dec: Tensor  # [n_features, d]: row i is the direction that feature i writes
-    b_dec: Tensor  # [d]
-    threshold: Tensor | None = None  # [n_features]
-    centred: bool = True
-
-    def encode(self, x: Tensor) -> Tensor:
-        pre = F.linear(x - self.b_dec if self.centred else x, self.W_enc.T, self.b_enc)
-        return pre.relu() if self.threshold is None else pre.relu() * (pre > self.threshold)
-
-    def decode(self, f: Tensor) -> Tensor:
-        return f @ self.W_dec + self.b_dec
-
-    def error(self, x: Tensor) -> Tensor:
-        """What the features leave out: x = decode(encode(x)) + error(x)."""
-        return x - self.decode(self.encode(x))
-
-
-TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
-DICTIONARY = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "bias"}
-DICTIONARY_NODES = {"embed": "resid_pre", "attn_out": "attn_out", "mlp_out": "mlp_out", "resid_out": "resid_post"}
-SAELENS = {  # what may stand in these fields of cfg.json, if they are there at all: the rest is another function of x
-    "architecture": ("standard", "jumprelu"), "activation_fn_str": ("relu",), "activation_fn": ("relu",),
-    "normalize_activations": ("none",), "finetuning_scaling_factor": (), "hook_name_out": (),
-}  # fmt: skip
-# Gemma Scope (Lieberum et al. 2024): the stream behind the block; the MLP's output behind its post-norm, as our mlp_out
-# is; attention on the heads' outputs before the output matrix, concatenated.
-SCOPE_NODES = {"res": "resid_post", "mlp": "mlp_out", "att": "z"}
-AE_PT = re.compile(r"/(embed|(attn_out|mlp_out|resid_out)_layer(\d+))/[^/]+/ae\.pt$")
-PARAMS_NPZ = re.compile(r"/layer_(\d+)/width_(\d+)([km])/average_l0_(\d+)/params\.npz$")
-HOOK = re.compile(r"blocks\.(\d+)\.(?:hook_(resid_pre|resid_mid|attn_out|mlp_out|resid_post)|attn\.hook_(z))")
-
-
-def load_saes(
-    source: str, model, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", nodes=None
-) -> dict[tuple[str, int], SAE]:
-    """{(node, layer): SAE} of a directory, a zip archive, or a Hub repository "owner/name" (its only zip included), in three layouts:
-
-    dictionary_learning  .../{embed,attn_out_layer3,mlp_out_layer3,resid_out_layer3}/10_32768/ae.pt (Marks et al. 2024;
-                         repository saprmarks/pythia-70m-deduped-saes). embed is resid_pre of layer 0.
-    SAELens              folders of any name with cfg.json and sae_weights.safetensors; cfg's hook_name says which node.
-    Gemma Scope          .../gemma-scope-2b-pt-{res,mlp,att}/layer_3/width_16k/average_l0_59/params.npz. Of several for one
-                         layer, the narrowest and of these the one with an L0 nearest 100 (SAELens' "canonical" choice).
-
-    nodes  the names that are wanted: each must have an SAE in every layer (resid_pre: in layer 0). None: whatever is there.
-
-    Nothing is unpickled but tensors, and of an archive only what is wanted is read. ValueError, in one line, for no SAEs
-    or two of one node, a missing layer, another model's layer or width, and files that are damaged or of another kind.
-    """
-    names, read = sae_files(SHORT_NAMES.get(source, str(source)))
-    saes = {}
-    for (node, layer), file, cfg in find_saes(names, read):
-        if nodes is not None and node not in nodes:
-            continue
-        if node not in model.nodes:
-            raise ValueError(
-                f"{file} is an SAE of {node}, which this model does not have: its nodes are {', '.join(model.nodes)}"
-            )
-        if layer >= model.config.n_layers:
-            raise ValueError(
-                f"{file} is an SAE of {node} in layer {layer}, but the model's layers are 0..{model.config.n_layers - 1}"
-            )
-        if (node, layer) in saes:
-            raise ValueError(
-                f"{file} is a second SAE of {node} in layer {layer}: give a directory that has one of each"
-            )
-        c = model.config
-        saes[node, layer] = read_sae(file, read, cfg, c.n_heads * c.d_head if node == "z" else c.d_model, dtype, device)
-    for node in nodes or ():
-        wanted = range(1 if node == "resid_pre" else model.config.n_layers)
-        if missing := [layer for layer in wanted if (node, layer) not in saes]:
-            raise ValueError(
-                f"{source} has no SAE of {node} in layer {missing[0]}"
-                + f" (nor in {', '.join(map(str, missing[1:]))})" * (len(missing) > 1)
-            )
-    if not saes:
-        raise ValueError(
-            f"{source} has no SAEs: ae.pt (dictionary_learning), cfg.json with sae_weights.safetensors (SAELens) or params.npz (Gemma Scope) in their published folders"
-        )
-    return dict(sorted(saes.items(), key=lambda item: (item[0][1], model.nodes.index(item[0][0]))))
-
-
-def find_saes(names: list[str], read):
-    """Yields ((node, layer), file, SAELens' cfg or {}) for each SAE among the files."""
-    scope = {}
-    for name in names:
-        if match := AE_PT.search(name):
-            kind, layer = (match[2], int(match[3])) if match[2] else ("embed", 0)
-            yield (DICTIONARY_NODES[kind], layer), name, {}
-        elif name.endswith("/cfg.json"):
-            cfg = read(name, json.load)
-            cfg = cfg if isinstance(cfg, dict) else {}
-            cfg |= (
-                metadata if isinstance(metadata := cfg.get("metadata"), dict) else {}
-            )  # newer SAELens keeps hook_name there
-            if not isinstance(hook := cfg.get("hook_name"), str):
-                raise ValueError(f"{name} has no hook_name that says where the SAE belongs")
-            match = HOOK.fullmatch(hook)
-            yield (
-                (match[2] or match[3], int(match[1])) if match else (hook, 0),
-                name.removesuffix("cfg.json") + "sae_weights.safetensors",
-                cfg,
-            )
-        elif match := PARAMS_NPZ.search(name):
-            kind = re.findall(r"[/_-](res|mlp|att)(?=[/_-])", name[: match.start() + 1])
-            if not kind:
-                raise ValueError(f"{name}: no folder above it says res, mlp or att, as gemma-scope-2b-pt-res does")
-            choice = int(match[2]) * {"k": 1, "m": 1000}[match[3]], abs(int(match[4]) - 100), name
-            key = SCOPE_NODES[kind[-1]], int(match[1])
-            scope[key] = min(scope.get(key, choice), choice)
-    for key, (*_, name) in scope.items():
-        yield key, name, {}
-
-
-def read_sae(file: str, read, cfg: dict, d: int, dtype: torch.dtype, device) -> SAE:
-    """One SAE, its tensors checked against each other and against the width d of its node."""
-    import numpy as np
-    import safetensors.torch
-
-    if file.endswith(".pt"):
-        theirs, table = read(file, lambda f: dict(torch.load(f, map_location="cpu", weights_only=True))), DICTIONARY
-    elif file.endswith(".npz"):
-        theirs, table = (
-            read(file, lambda f: {k: torch.from_numpy(v) for k, v in np.load(f, allow_pickle=False).items()}),
-            {},
-        )
-    else:
-        theirs, table = read(file, lambda f: safetensors.torch.load(f.read())), {}
-        for field, allowed in SAELENS.items():
-            if (value := cfg.get(field)) and value not in allowed:
-                raise ValueError(
-                    f"{file}: an SAE with {field} {value!r} in its cfg.json is not supported"
-                    + f", only {' and '.join(allowed)}" * bool(allowed)
-                )
-    jump = file.endswith(".npz") or cfg.get("architecture") == "jumprelu" or "threshold" in theirs
-    ours, n = {}, None
-    for name in TENSORS + ("threshold",) * jump:
-        x = theirs.get(table.get(name, name))
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise ValueError(
-                f"{file} has no tensor {table.get(name, name)} of floating-point numbers; it has {', '.join(map(str, theirs)) or 'nothing'}"
-            )
-        x = x.T if x.ndim == 2 and table else x
-        n = n or (x.shape[-1] if x.ndim else 0)  # W_enc comes first
-        shape = {"W_enc": (d, n), "W_dec": (n, d), "b_dec": (d,)}.get(name, (n,))
-        if x.shape != shape:
-            flip = slice(None, None, -1 if table else 1)
-            raise ValueError(
-                f"{file}: {table.get(name, name)} has the shape {list(x.shape)[flip]}, for this model {list(shape)[flip]} is expected"
-            )
-        ours[name] = x.to(device, dtype).contiguous()
-        if not ours[name].isfinite().all():
-            raise ValueError(
-                f"{file}: {table.get(name, name)} has values that are not finite, or too large for {dtype}"
-            )
-    return SAE(
-        **ours, centred=bool(table) or bool(cfg.get("apply_b_dec_to_input", bool(cfg)))
-    )  # SAELens' default is True
-
-
-def sae_files(source: str):
-    """The paths of all files in a source, and read(path, parse): parse applied to the opened file, errors in one line."""
-    path = Path(source)
-    if path.is_dir():
-        root, names, opened = (
-            path.resolve().as_posix(),
-            sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()),
-            lambda name: (path / name).open("rb"),
-        )
-    elif path.is_file():
-        try:
-            archive = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no zip archive, or a damaged one: {first_line(error)}") from None
-        root, names, opened = (
-            path.resolve().as_posix(),
-            archive.namelist(),
-            lambda name: io.BytesIO(archive.read(name)),
-        )  # only what is read is unpacked
-    else:
-        root, names, opened = source, repository_files(source), lambda name: fetch(source, name).open("rb")
-    zips = [name for name in names if name.endswith(".zip")]
-    if len(zips) == 1 and not any(name.endswith(("ae.pt", "cfg.json", "params.npz")) for name in names):
-        return sae_files(str(path / zips[0] if path.is_dir() else fetch(source, zips[0])))
-
-    def read(name, parse):
-        try:
-            with opened(name[len(root) + 1 :]) as file:
-                return parse(file)
-        except Exception as error:  # a damaged file can run into anything
-            raise ValueError(f"{name} cannot be read: {first_line(error)}") from None
-
-    return [f"{root}/{name}" for name in names], read
-
-
-def repository_files(name: str) -> list[str]:
-    """The files of a Hub repository; where the Hub cannot be asked, those that are in the cache."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise ValueError(
-            f"there are no SAEs at {name!r}: give a directory, a zip archive, or a Hub repository owner/name"
-        )
-    from huggingface_hub import HfApi, errors, snapshot_download
-
-    try:
-        return sorted(HfApi().list_repo_files(name))
-    except errors.RepositoryNotFoundError:
-        raise ValueError(
-            f"{name} is no directory here and no repository on the Hub, or a private one: `hf auth login` opens your own"
-        ) from None
-    except Exception as error:
-        try:
-            cached = Path(snapshot_download(name, local_files_only=True))
-        except Exception:
-            raise ValueError(
-                f"the files of {name} are not in the cache and the Hub cannot be asked: {first_line(error)}"
-            ) from None
-        return sorted(p.relative_to(cached).as_posix() for p in cached.rglob("*") if p.is_file())
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Tokenizers: byte-pair encodings as tokenizer.json describes them, merged by tiktoken.
-
-
-def load_tokenizer(name: str) -> "Tokenizer":
-    """The tokenizer of a model that from_pretrained knows by this name. MissingFile where the checkpoint has none."""
-    files = {}
-    for file in ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt"):
-        if "tokenizer.json" not in files:  # it says all that the other two do
-            try:
-                files[file] = fetch(name, file)
-            except MissingFile:
-                pass
-    if not files.keys() & {"tokenizer.json", "vocab.json"}:
-        raise MissingFile(f"{name} has no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    return Tokenizer.from_files(files)
-
-
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-WELL_KNOWN_BOS = ("<|begin_of_text|>", "<|endoftext|>", "<bos>", "<s>")
-
-# Byte-level vocabularies spell every byte as one visible character: itself if it is one, else the next unused one
-# from U+0100 on, so that "Ġ" is the space (`bytes_to_unicode` of GPT-2's encoder.py).
-_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = [byte for byte in range(256) if byte not in _VISIBLE]
-BYTE_OF_CHAR = {chr(b): b for b in _VISIBLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
-
-
-class Tokenizer:
-    """Text to token ids and back: a checkpoint's own Hugging Face files, with tiktoken doing the merging.
-
-    Reads the two kinds of byte-pair encoding (BPE) that the model families here come with:
-
-    - byte-level (GPT-2, GPT-NeoX, Llama 3, Qwen2): a pattern splits the text, and each piece starts as its bytes;
-    - SentencePiece-style (Gemma, Llama 1 and 2): the text stays whole, with "▁" for " ", and starts as its
-      characters; one that is not in the vocabulary is given as its bytes, spelled like "<0xE2>" ("byte fallback").
-
-    The ids are those of the `tokenizers` package with `add_special_tokens=False`. One difference is left: it ranks
-    the pair of tokens to be merged, tiktoken the bytes of the result. They agree where the merges leave each token
-    only one way to come about, as BPE training does, or where the file lists all ways, as Gemma and Llama 3 do.
-
-    bos_id: id of the BOS token, or else of the EOS token, or else None. n_vocab: 1 + the largest id.
-    """
-
-    def __init__(self, spec: dict, config: dict):
-        """`spec`: the content of tokenizer.json. `config`: that of tokenizer_config.json, or {}."""
-        import tiktoken
-
-        model, added = spec.get("model"), spec.get("added_tokens") or []
-        if not isinstance(model, dict) or not model.get("vocab"):
-            raise ValueError("there is no model with a vocabulary in it")
-        kind = model.get("type", "BPE")  # GPT-2's and NeoX's files name none
-        odd = any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
-        if kind != "BPE" or "merges" not in model or odd:
-            raise ValueError(f"model {kind} is not supported: only BPE is, with merges, no dropout, prefix or suffix")
-        self.normalize = _normalizer(spec.get("normalizer"))
-        pattern, byte_level, self.prefix_space = _splitter(spec.get("pre_tokenizer"), model.get("byte_fallback"))
-        pieces = _ranked_pieces(model, byte_level, skip={t["content"] for t in added})
-        ranks = {piece: rank for rank, piece in enumerate(pieces)}
-        self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.ids_of_rank = list(pieces.values())
-
-        # Added tokens are cut out whole: most from the text as it is, the "normalized" ones from the normalized text.
-        as_is = {t["content"]: t for t in added if not t.get("normalized")}
-        normalized = {self.normalize(t["content"]): t for t in added if t.get("normalized")}
-        self.cut_as_is, self.cut_normalized = _cutter(as_is), _cutter(normalized)
-        self.added_id = {content: t["id"] for content, t in {**normalized, **as_is}.items()}
-
-        id_of = model["vocab"] | {t["content"]: t["id"] for t in added}
-        self.n_vocab = 1 + max(id_of.values())
-        self.bytes_of_id = {i: _token_bytes(token, byte_level) for token, i in model["vocab"].items()}
-        self.bytes_of_id |= {t["id"]: t["content"].encode() for t in added}
-        self.space = " " if byte_level else "▁"
-        named = [config.get("bos_token"), config.get("eos_token")]
-        named = [token.get("content") if isinstance(token, dict) else token for token in named]
-        self.bos_id = next((id_of[token] for token in (*named, *WELL_KNOWN_BOS) if token in id_of), None)
-
-    @classmethod
-    def from_files(cls, files: dict[str, Path]) -> "Tokenizer":
-        """The tokenizer of a checkpoint: of its tokenizer.json or, as GPT-2 can do without, vocab.json and merges.txt.
-
-        files: name -> path of those that exist; tokenizer_config.json, which says what BOS and EOS are, is optional.
-        Raises ValueError, naming the file, if one is missing, malformed, or describes a tokenizer of another kind.
-        """
-        config = read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
-        if "tokenizer.json" in files:
-            path = files["tokenizer.json"]
-            spec = read_json(path)
-        elif "vocab.json" in files and "merges.txt" in files:
-            path = f"{files['vocab.json']} and merges.txt"
-            owner = config.get("tokenizer_class") or "GPT2Tokenizer"
-            if not owner.startswith("GPT2"):  # others share the two files' format, but not GPT-2's pattern
-                raise ValueError(f"{path}: a {owner} needs tokenizer.json too; only GPT-2's does not")
-            vocab, lines = (
-                read_json(files["vocab.json"]),
-                files["merges.txt"].read_text(encoding="utf-8", errors="replace").split("\n"),
-            )
-            model = {"vocab": vocab, "merges": [m for m in lines if m and not m.startswith("#version")]}
-            added = [{"content": t, "id": vocab[t]} for t in ("<|endoftext|>",) if t in vocab]
-            spec = {"model": model, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": added}
-        else:
-            raise ValueError(f"no tokenizer.json, and no vocab.json with merges.txt, among {sorted(files)}")
-        try:
-            return cls(spec, config)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        except (TypeError, KeyError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} is malformed: {type(error).__name__}: {first_line(error)}") from None
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`. Added tokens in it, such as "<|endoftext|>", are recognized; no BOS is put in front."""
-        ids = []
-        for i, part in enumerate(self.cut_as_is.split(text)):
-            if i % 2:  # the added tokens are the odd parts
-                ids.append(self._id_of_added(part))
-                continue
-            for j, piece in enumerate(self.cut_normalized.split(self.normalize(part))):
-                ids += [self._id_of_added(piece)] if j % 2 else self._merge(piece)
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, for people to read: "�" for a part of a character or an id without a token.
-
-        Nothing is tidied away: what Llama 2's normalizer puts in front is shown as the space that it stands for.
-        """
-        text = b"".join(self.bytes_of_id.get(i, b"\xff") for i in ids).decode("utf-8", errors="replace")
-        return text.replace(self.space, " ")
-
-    def _id_of_added(self, found: str) -> int:
-        return self.added_id[found if found in self.added_id else found.strip()]  # strip: see lstrip, rstrip below
-
-    def _merge(self, text: str) -> list[int]:
-        if self.prefix_space and text and not text.startswith(" "):
-            text = " " + text
-        ranks = self.bpe.encode_ordinary(text)
-        assert self.bpe.decode_bytes(ranks) == text.encode(), f"the pattern leaves out a part of {text!r}"
-        ids = [i for rank in ranks for i in self.ids_of_rank[rank]]
-        if len(ids) < len(ranks):
-            raise ValueError(f"the vocabulary has no token for some byte of {text!r}")
-        return ids
-
-
-def _normalizer(spec: dict | None):
-    """The function str -> str that a tokenizer.json's "normalizer" describes."""
-    match spec:
-        case None:
-            return lambda text: text
-        case {"type": "NFC"}:  # é as one character rather than e and an accent
-            return lambda text: unicodedata.normalize("NFC", text)
-        case {"type": "Replace", "pattern": {"String": old}, "content": new}:
-            return lambda text: text.replace(old, new)
-        case {"type": "Prepend", "prepend": prefix}:
-            return lambda text: prefix + text if text else text
-        case {"type": "Sequence", "normalizers": specs}:
-            steps = [_normalizer(s) for s in specs]
-            return lambda text: reduce(lambda t, step: step(t), steps, text)
-    raise ValueError(f"normalizer {spec} is not supported: only NFC, Replace (of a string), Prepend and Sequence are")
-
-
-def _splitter(spec: dict | None, byte_fallback: bool) -> tuple[str, bool, bool]:
-    """The (regular expression of a piece, is it byte-level?, put a space in front?) of a "pre_tokenizer"."""
-    whole = r"[\s\S]+"
-    match spec:
-        case {"type": "ByteLevel"}:
-            return GPT2_PATTERN if spec.get("use_regex", True) else whole, True, spec.get("add_prefix_space", False)
-        case {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
-            ],
-        }:
-            return pattern, True, False
-        case None if byte_fallback:
-            return whole, False, False
-        case {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"} if byte_fallback:
-            return r"[^ ]* |[^ ]+", False, False  # Gemma: splits nothing, as its normalizer leaves no space
-    raise ValueError(
-        f"pre_tokenizer {spec} with byte_fallback {bool(byte_fallback)} is not supported: only ByteLevel, "
-        'Split by a pattern + ByteLevel and, with byte_fallback, none or Split at " " are'
-    )
-
-
-def _cutter(added: dict[str, dict]) -> re.Pattern:
-    """A pattern whose `split` gives the text between added tokens (even parts) and the added tokens (odd parts)."""
-    branches = []
-    for content, flags in sorted(added.items(), key=lambda item: -len(item[0])):  # the longest one wins
-        if flags.get("single_word"):
-            raise ValueError(f"added token {content!r} with the flag single_word is not supported")
-        branches.append(r"\s*" * flags.get("lstrip", False) + re.escape(content) + r"\s*" * flags.get("rstrip", False))
-    return re.compile("(" + ("|".join(branches) or "(?!)") + ")")  # (?!) never matches
-
-
-def _token_bytes(token: str, byte_level: bool) -> bytes:
-    """The bytes that a token of the vocabulary spells."""
-    if byte_level:
-        return bytes(BYTE_OF_CHAR[c] for c in token) if set(token) <= BYTE_OF_CHAR.keys() else token.encode()
-    return bytes([int(token[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else token.encode()
-
-
-def _ranked_pieces(model: dict, byte_level: bool, skip: set[str]) -> dict[bytes, list[int]]:
-    """All that tiktoken may merge to -> its ids, in the order of tiktoken's ranks: the lowest is merged first.
-
-    That is the order of the merges, which need not be that of the ids. An entry of the vocabulary that no merge makes
-    is left out, so that nothing is merged to it; one that several pairs make has the place of the first.
-    """
-    vocab = model["vocab"]
-    if byte_level:  # the bytes that UTF-8 never uses may be missing
-        pieces = {bytes([b]): [vocab[c]] if c in vocab else [] for c, b in BYTE_OF_CHAR.items()}
-    else:
-        byte_ids = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
-        if None in byte_ids:
-            raise ValueError("byte_fallback is on, but the vocabulary lacks some of the tokens <0x00> to <0xFF>")
-        pieces = {bytes([b]): [byte_ids[b]] for b in range(256)}
-        # Next the characters, which tiktoken must put together from bytes: "▁" is E2 96 81, so E2 96 gets a rank too.
-        # Where it stays alone, being the start of a character that is not in the vocabulary, it stands for two bytes.
-        for char in (token.encode() for token in vocab if len(token) == 1):
-            for end in range(2, len(char)):
-                pieces.setdefault(char[:end], [byte_ids[b] for b in char[:end]])
-            pieces[char] = [vocab[char.decode()]]
-    for merge in model["merges"]:
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
-            raise ValueError(f"merge {merge!r} does not join two tokens of the vocabulary to a third")
-        pieces.setdefault(b"".join(_token_bytes(part, byte_level) for part in pair), [vocab["".join(pair)]])
-    if model.get("ignore_merges"):
-        # Llama 3: a piece that is in the vocabulary is one token, even if no merges lead to it. tiktoken does so with
-        # all that has a rank, but merges to it as well, so there must be no two tokens that make it.
-        unmerged = {_token_bytes(token, byte_level): token for token in vocab if token not in skip}
-        unmerged = {piece: token for piece, token in unmerged.items() if piece not in pieces}
-        for piece, token in unmerged.items():
-            if any(piece[:k] in pieces and piece[k:] in pieces for k in range(1, len(piece))):
-                raise ValueError(f"ignore_merges is on, but no merge makes {token!r}, though two tokens could")
-        pieces |= {piece: [vocab[token]] for piece, token in unmerged.items()}
-    return pieces
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The audit: are the rules in use those that were asked for? No word of the model's counts, only the gradients that come
-# out. A forward pass is cut into pieces: norms, linear layers, the core of attention (from q, k and v to o) and of the MLP
-# (from gate and up to down), a block's sum, the unembedding. A random signal c goes back through each piece, and must
-# arrive as a formula says that is written here by hand and calls no rule.
-#
-# A formula takes the module, its inputs x in this run and x2 in the patch run (the same without one), output y, signal c
-# and the rules that are on, as the command names them (ln2: the two-point LN-rule). It returns one gradient per input.
-
-
-def norm_gradient(m, x, x2, y, c, on):
-    """c w / s; two-point, the mean of both runs' 1 / s; without a rule - h mean(c w h) / s^3 too, through the scale."""
-    centred = lambda x: x if hasattr(m, "offset") else x - x.mean(-1, keepdim=True)  # an RMSNorm has an offset
-    size = lambda h: (h.square().mean(-1, keepdim=True) + m.eps).sqrt()
-    h, h2, g = centred(x[0]), centred(x2[0]), c * (upcast(m.weight) + getattr(m, "offset", 0))
-    if "ln2" in on:
-        return [centred(g * (1 / size(h) + 1 / size(h2)) / 2)]
-    return [centred(g / size(h) - ("ln" not in on) * h * (g * h).mean(-1, keepdim=True) / size(h) ** 3)]
-
-
-def mlp_gradient(m, x, x2, y, c, on):
-    """c act'(a), under a rule c gate(a) or c times the secant; times the other factor, and half of it, where there is one."""
-    act, a, a2, d = lambda x: x * m.act(x), x[0].cpu().double(), x2[0].cpu().double(), 1e-5
-    slope = (act(a + d) - act(a - d)) / (2 * d)  # by differences, which see through a detach
-    if "identity" in on or "identity2" in on:
-        slope = m.act(a)
-    if "identity2" in on:
-        near = (a2 - a).abs() < torch.finfo(c.dtype).eps ** 0.5
-        slope = torch.where(near, slope, (act(a2) - act(a)) / torch.where(near, 1, a2 - a))
-    if m.gate is None:
-        return [c * slope.to(c)]
-    first, share = (act(a2), 1) if "half2" in on else (act(a), 0.5 if "half" in on else 1)
-    return [share * c * x[1] * slope.to(c), share * c * first.to(c)]
-
-
-def attention_gradient(m, x, x2, y, c, on):
-    """dP = c v, dS = P (dP - P . dP), dq = dS k, dk = dS q, dv = P c; two-point, P in dS is that at both runs' mean scores,
-    and in dv the patch run's; at a temperature T, P in dS is that of the scores / T."""
-
-    def heads(x):
-        q, k, v = (x.unflatten(-1, (-1, m.c.d_head)) for x in x)
-        k, v = (x.repeat_interleave(m.c.n_heads // m.c.n_kv_heads, dim=2) for x in (k, v))
-        return rotate(q, 0, m.c), rotate(k, 0, m.c), v
-
-    leaves = [cut(x) for x in x]
-    q, k, v = heads(leaves)
-    q2, k2, _ = heads(x2)
-    scores = lambda q, k: softcap(torch.einsum("bqhd,bkhd->bqhk", q, k) * m.c.attn_scale, m.c.attn_softcap)
-    s, s2 = scores(q, k), scores(q2, k2) if "attention2" in on else scores(q, k)
-    hidden = unseen(0, q.shape[1], q.shape[1], m.window, q.device)
-    middle = s / on["temperature"] if "temperature" in on else (s + s2) / 2
-    pattern, pattern2 = (s.masked_fill(hidden, -torch.inf).softmax(-1) for s in (middle, s2))
-    c = c.unflatten(-1, (-1, m.c.d_head))
-    d = torch.einsum("bqhd,bkhd->bqhk", c, v)
-    d = pattern * (d - (pattern * d).sum(-1, keepdim=True)) * m.c.attn_scale * ("ah" not in on)
-    d = d if m.c.attn_softcap is None else d * (1 - (s / m.c.attn_softcap).square())
-    into = [("bqhk,bkhd->bqhd", d, k), ("bqhk,bqhd->bkhd", d, q), ("bqhk,bqhd->bkhd", pattern2, c)]
-    owed = [torch.einsum(*product).detach() for product in into]
-    return torch.autograd.grad((q, k, v), leaves, owed)  # back through the rotation and the shared heads
-
-
-def linear_gradient(m, x, x2, y, c, on):
-    """c W; the epsilon-rule passes y / (y + epsilon sign y) of it; the gamma-rule divides y among z_ij + gamma z_ij^(sign of y)."""
-    x, weight, bias = x[0], upcast(m.weight), 0 if m.bias is None else upcast(m.bias)
-    if "epsilon" in on or "gamma" not in on:
-        return [(c * y.abs() / (y.abs() + on["epsilon"]) if "epsilon" in on else c) @ weight]
-    gradient, more = torch.zeros_like(x), lambda z, y: 1 + on["gamma"] * (z * y > 0)
-    for i in map(tuple, c.any(-1).nonzero().tolist()):  # the positions that the signal reaches
-        boosted = weight * more(x[i] * weight, y[i][:, None])
-        total = boosted @ x[i] + bias * more(bias, y[i])
-        gradient[i] = (c[i] * y[i] / torch.where(total == 0, 1, total)) @ boosted * (x[i] != 0)
-    return [gradient]
-
-
-def unembedding_gradient(m, x, x2, y, c, on):
-    """A linear layer's, and the derivative of the softcap behind it. Tokens that the signal does not reach are left out."""
-    used, cap, layer = c.flatten(0, -2).any(0), m.config.logit_softcap, Linear(1, 1, False)
-    weight = (m.unembed_tokens or m.embed_tokens).weight
-    weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # shared out over several processes
-    layer.weight = nn.Parameter(upcast(weight[used]), requires_grad=False)
-    c = c[..., used] if cap is None else c[..., used] * (1 - (y[..., used] / cap).square())
-    return linear_gradient(layer, x, x2, x[0] @ layer.weight.T, c, on)
-
-
-def sum_gradient(m, x, x2, y, c, on):
-    """A block adds what attention and MLP put out to the stream: all three get c."""
-    return [c] * len(x)
-
-
-NORMS = {"LayerNorm": norm_gradient, "RMSNorm": norm_gradient}
-LINEARS = {"Linear": linear_gradient, "Transformer": unembedding_gradient}
-CLAIMS = {  # rule: {module kind that it is for: the gradient owed}; zero is the 0-rule
-    **{"ln": NORMS, "identity": {"MLP": mlp_gradient}, "half": {"MLP": mlp_gradient}},
-    **{"ln2": NORMS, "identity2": {"MLP": mlp_gradient}, "half2": {"MLP": mlp_gradient}},
-    **{rule: {"Attention": attention_gradient} for rule in ("ah", "attention2", "temperature")},
-    **{"zero": LINEARS, "epsilon": LINEARS, "gamma": LINEARS},
-}
-KINDS = {kind: owed for claim in CLAIMS.values() for kind, owed in claim.items()} | {"SequentialBlock": sum_gradient}
-CORES = {"Attention": ("q", "k", "v", "o"), "MLP": ("gate", "up", "down")}  # lie between these and the last of these
-SHOWN = {"Transformer": "unembedding"}
-
-
-def kind_of(m: nn.Module) -> str:
-    """The class that the audit knows m by, else its own. By name, so that a copy of this file is audited as well."""
-    names = [c.__name__ for c in type(m).__mro__]
-    return next((name for name in names if name in KINDS or name in ("Embedding", "ModuleList")), names[0])
-
-
-def cut(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
-
-
-class Audit:
-    """One audit() at work. A rule's name is the command's: ln2 is the two-point LN-rule; zero, the 0-rule."""
-
-    def __init__(self, model, rules):
-        self.model, self.faults, self.random = model, {}, torch.Generator().manual_seed(0)
-        on = {f.name: getattr(rules, f.name) for f in fields(rules) if f.name not in ("two_point", "tape")}
-        on = {rule: x for rule, x in on.items() if x not in (False, None)}
-        on |= {f"{row}2": True for row in rules.two_point}
-        self.on = on if "epsilon" in on or "gamma" in on else {**on, "zero": True}
-        self.asked = [rule for rule in self.on if f"{rule}2" not in on]
-        self.applied, self.unseen = ({rule: Counter() for rule in self.asked} for _ in range(2))
-        self.parts = [m for part in (*model.blocks, model.ln_f) for m in part.modules() if kind_of(m) in KINDS]
-        self.names = {m: name or "unembedding" for name, m in model.named_modules()}
-        self.seen, self.came, self.leaf = {"patch": {}}, {}, {}  # seen: by run, a module's inputs; as it came; output
-
-    def fault(self, what, where):
-        self.faults.setdefault(what, []).append(where)
-
-    def settle(self):
-        if self.faults:
-            found = "; ".join(f"{what} {', '.join(names)}" for what, names in self.faults.items())
-            raise ValueError(f"the rules in use are not those requested: {found}")
-
-    def run(self, name, tokens, rules) -> Tensor:
-        """The logits of a pass that hooks cut into pieces."""
-        self.now, self.seen[name] = name, {}
-        hooks = [m.register_forward_pre_hook(self.before) for m in self.parts]
-        hooks += [m.register_forward_hook(self.after) for m in self.parts]
-        try:
-            return self.model.unembed(self.model.stream(tokens, rules), rules)
-        finally:
-            for h in hooks:
-                h.remove()
-
-    def before(self, m, args):
-        if self.now == "original" and m is not self.model.blocks[0] and not args[0].requires_grad:
-            self.fault("no gradient passes what lies ahead of", self.names[m])
-        self.came[m] = args[0]
-        return cut(args[0]), *args[1:]
-
-    def after(self, m, args, y):
-        kind, x, out = kind_of(m), [args[0]], y
-        if kind in CORES:
-            *into, last = (getattr(m, name) for name in CORES[kind])
-            x, out = [self.leaf[linear] for linear in into if linear is not None], self.came[last]
-        elif kind == "SequentialBlock":
-            x += [self.leaf[part] for part in (getattr(m, "ln1_post", m.attn), getattr(m, "ln2_post", m.mlp))]
-        self.seen[self.now][m] = [x.detach() for x in x], args[0].detach(), y.detach()
-        if self.now == "original":
-            self.compare(m, x, out, torch.randn(out.shape, generator=self.random).to(out))
-            _, x_plain, y_plain = self.seen["plain"][m]
-            if torch.equal(args[0], x_plain) and not torch.equal(y, y_plain):
-                self.fault("the forward pass is changed in", self.names[m])
-        self.leaf[m] = cut(y)
-        return self.leaf[m]
-
-    def compare(self, m, x, y, c):
-        """The gradients of a piece under the signal c, with those owed, and with those owed under one rule less, or more."""
-        kind, name, rounding = kind_of(m), self.names[m], torch.finfo(x[0].dtype).eps
-        if kind == "Linear":
-            c[:, :-1] = 0  # one position stands for all: the gamma-rule's formula takes its time
-        got = torch.autograd.grad(y, x, c, materialize_grads=True) if y.requires_grad else [x * 0 for x in x]
-        x2 = self.seen["patch"][m][0] if m in self.seen["patch"] else x
-        values = *([upcast(x.detach()) for x in xs] for xs in (x, x2)), upcast(y.detach()), upcast(c)
-        rules = [r for r in CLAIMS if kind in CLAIMS[r] and not (r.startswith("half") and m.gate is None)]
-        mine = [r for r in rules if r in self.asked]
-        may = mine + [r for r in ("ln", "identity", "half", "ah") if r in rules and not {r, f"{r}2"} & self.on.keys()]
-        owed = {
-            switched: KINDS[kind](m, *values, {r: self.on.get(r) for r in self.on.keys() ^ {*switched}})
-            for n in range(len(may) + 1)
-            for switched in combinations(may, n)
-        }
-        distance = lambda a, b: math.hypot(*(float((upcast(p) - q).norm()) for p, q in zip(a, b)))
-        wrong = min(owed, key=lambda switched: distance(got, owed[switched]))  # of those that fit alike, the fewest
-        size, n = distance(owed[()], [torch.zeros_like(w) for w in owed[()]]), sum(w.numel() for w in owed[()])
-        # errors of n numbers partly cancel
-        noise = 8 * size * max(rounding / n**0.5, torch.finfo(values[-1].dtype).eps)
-        visible = [r for r in may if r == "zero" or distance(owed[()], owed[r,]) > noise]
-        for rule in mine:
-            (self.applied if rule in visible else self.unseen)[rule][SHOWN.get(kind, kind)] += 1
-        close = lambda g, w: distance([g], [w]) <= rounding**0.5 * float(w.norm()) + 8 * rounding * size
-        if not all(map(close, got, owed[wrong])):
-            self.fault(f"{' + '.join(mine) or 'no rule'}: not the gradient owed in", name)
-            return
-        for rule in [r for r in wrong if r in visible]:
-            self.fault(f"{rule}: {'changed no gradient' if rule in mine else 'applied unasked'} in", name)
-
-    def report(self) -> dict:
-        def row(rule):
-            unseen = {"unseen": dict(self.unseen[rule])} if self.unseen[rule] else {}
-            return {"requested": self.on[rule], "applied": dict(self.applied[rule])} | unseen
-
-        c, on = self.model.config, lambda *rules: any(rule in self.on for rule in rules)
-        keeps = [
-            ("scale of the norms", not on("ln", "ln2")),
-            ("activation", not on("identity", "identity2")),
-            ("gate", c.gated and not on("half", "half2")),
-            ("softmax of attention", not on("ah", "attention2", "temperature")),
-            ("softcap of attention", c.attn_softcap is not None and not on("ah")),
-            ("softcap of the logits", c.logit_softcap is not None),
-        ]
-        return {"rules": {rule: row(rule) for rule in self.asked}, "no rule": [what for what, does in keeps if does]}
-
-
-def audit(model: Transformer, tokens: Tensor, lrp: bool | Rules = True, patch: Tensor | None = None) -> dict:
-    """Which rules were applied to which modules, how many times, on prompts [batch, pos]; two-point rules need their patch.
-
-    {"rules": {rule: {"requested": its value, "applied": {module kind: calls}}}, "no rule": [what keeps its derivative]}.
-    A Half-rule without gates is applied to nothing: it is not applicable. Calls in which a rule changes no more than
-    rounding does, as a tiny epsilon may, are under "unseen" instead.
-
-    ValueError, one line that names rules and modules: a module of unknown kind, or never called; a rule that meets no
-    module, changes no gradient, gives another than it owes, or is on unasked; a forward pass that is not bit-identical.
-    """
-    rules = model.rules(lrp)
-    if rules.two_point and patch is None:
-        raise ValueError("two-point rules are audited on prompts and their patch")
-    a = Audit(model, rules)
-    for m, name in a.names.items():
-        if kind_of(m) not in (*KINDS, "Embedding", "ModuleList"):
-            a.fault(f"no rule: nothing is known of {kind_of(m)}", name)
-    for rule in a.on.keys() - CLAIMS.keys():
-        a.fault("unknown to the audit:", rule)
-    a.settle()
-    with torch.no_grad():
-        plain = a.run("plain", tokens, type(rules)())
-        if not plain.isfinite().all():
-            raise ValueError(f"logits are not finite in {model.embed_tokens.weight.dtype}: try float32")
-        for m in a.parts:
-            if m not in a.seen["plain"]:
-                a.fault("no rule: never called,", a.names[m])
-        a.settle()
-        if rules.two_point:
-            rules = rules.taped()
-            a.run("patch", patch, rules)
-            rules.tape.playing = True
-    with torch.enable_grad():
-        logits, some = a.run("original", tokens, rules), tokens.unique()  # a few tokens stand for the vocabulary
-        signal = torch.zeros_like(logits)
-        signal[:, -1, some] = torch.randn(len(tokens), len(some), generator=a.random).to(logits)
-        a.compare(model, [a.leaf[model.ln_f]], logits, signal)
-    if not torch.equal(logits, plain):
-        a.fault("the forward pass is changed in", "the logits")
-    for rule in a.asked:
-        if not a.applied[rule] and (model.config.gated or not rule.startswith("half")):
-            found = "changed no gradient beyond rounding in" if a.unseen[rule] else "met no module of"
-            a.fault(f"{rule}: {found}", " or ".join(SHOWN.get(kind, kind) for kind in CLAIMS[rule]))
-    a.settle()
-    return a.report()
