@@ -1,4 +1,4 @@
-"""Relevance patching (RelP), attribution patching (AtP) and activation patching (AP), in plain PyTorch.
+"""Activation patching (AP), attribution patching (AtP) and relevance patching (RelP), in plain PyTorch.
 
 Which parts of a model make it say one thing (on the original prompt) rather than another (on the patch prompt)?
 AP answers by intervention: it writes a node's activation from the patch run into the original run and looks at what
@@ -6,44 +6,73 @@ that does to a metric,
 
     c(node) = metric(original run | node <- node(x_patch)) - metric(original run)                           (Eq. 1)
 
-one run per node. AtP and RelP predict the same number for all nodes at once, from two forward passes and one backward:
+one run per node, layer and position. AtP and RelP predict the same numbers all at once, from two forward passes and one
+backward:
 
     score(node) = (node(x_patch) - node(x_original)) . rho(node)            summed over the hidden dimension
 
     AtP    rho is the gradient of the metric on the original run                                            (Eq. 2)
     RelP   rho is LRP's propagation coefficient: the gradient of the same run with Table 1's rules on       (Eq. 3)
-    RelP with two-point rules: what the rules hold constant is taken between the two runs (models.TWO_POINT)
     IG     rho is the gradient averaged on the node's way from the original to the patch run, at many times the price
+
+For example, with "... Mary gave a book to" and "... John gave a book to" as token ids [1, pos], answers John and Mary:
+
+    scores = attribute(model, original, patch, answers, ["resid_pre", "mlp_out"], lrp=True)                 # RelP
+    scores["mlp_out"][0, 2, 5]                       # what layer 2's MLP does at position 5, in the metric's unit
 
 Direction, everywhere: patch activations go into the original run, rho is taken on the original run, and a score is
 metric(patched) - metric(original). So a node that carries the original answer has a negative logit_diff score.
 
     paper                       here
-    x_original, x_patch         original, patch: token ids [batch, pos], equal length within a pair
+    x_original, x_patch         original, patch: token ids [batch, pos], all of one length
     M, do(n <- n(x_patch))      model, hook
     L                           metric(logits [batch, vocab], answers [batch, 2]) -> [batch]
-    n(x)                        a node's activation at one layer and position
+    n(x)                        the activation of a node (its name) in one layer at one position
     rho                         rho
-    c, c_AtP, c_RelP            the results: {node name: [batch, layer, pos]}, one score per prompt pair
+    c, c_AtP, c_RelP            the results: {node: [batch, layer, pos]}, one score per prompt pair; the paper's
+                                expectation is their mean over the batch
 
-The model is models.Transformer, or anything with its methods stream, block and unembed. Only torch is imported.
+What a model must offer. models.Transformer does, and so can a model of your own:
+
+    config.n_layers             how many layers it has
+    nodes                       the names of a layer's nodes, such as ("resid_pre", "mlp_out")
+    stream(tokens, lrp=False, hook=None)
+                                tokens [batch, pos] -> the final residual stream [batch, pos, d_model]. Each node's
+                                activation [batch, pos, ...] goes through hook(name, layer, activation), and the pass
+                                goes on with what the hook returns. The hook wants the names in hook.nodes only. lrp
+                                says which rules are on.
+    unembed(x, lrp=False, columns=None)
+                                x [batch, d_model] -> logits [batch, vocab], or if columns is not None [batch, columns],
+                                the logits of these token ids
+    block(layer, x, hook=None, start=0, last=False)
+                                for resumed runs, which make AP much faster (see `effects`); without this method AP runs
+                                the plain loop of Eq. 1. One layer of a causal model whose nodes are resid_pre, k, v and
+                                others. x holds the positions from `start` on. At "k" and "v" the hook returns more
+                                positions than it got, the earlier ones in front. With last=True, only the last
+                                position need be returned.
+
+No package but torch is imported.
 """
 
-import math
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# ---------------------------------------------------------------------------------------------------------
+Key = tuple[str, int]  # of an activation: (name of the node, layer)
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Metrics: logits [batch, vocab] at the last position, answers [batch, 2] (the original's, the patch's) -> [batch]
 
 
 def logit_diff(logits: Tensor, answers: Tensor) -> Tensor:
     """Logit of the original's answer minus logit of the patch's answer."""
-    right, wrong = logits.gather(-1, answers).unbind(-1)
-    return right - wrong
+    of_original, of_patch = logits.gather(-1, answers).unbind(-1)
+    return of_original - of_patch
 
 
 def prob_diff(logits: Tensor, answers: Tensor) -> Tensor:
@@ -62,95 +91,62 @@ METRICS = {"logit_diff": logit_diff, "prob_diff": prob_diff, "logprob_diff": log
 def read_out(model, stream: Tensor, answers: Tensor, metric=logit_diff, lrp=False) -> Tensor:
     """The metric [batch] at the last position of the final residual stream [batch, pos, d_model]."""
     columns = None
-    if metric is logit_diff:  # needs no logits but the answers'
+    if metric is logit_diff:  # it needs the answers' logits only
         columns, answers = answers.unique(return_inverse=True)
     return metric(model.unembed(stream[:, -1], lrp, columns), answers)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# AtP and RelP
+# ---------------------------------------------------------------------------------------------------------------------
+# Nodes
 
-# Node kinds that are the parts of a node, each scored by itself: attention heads, by what they put out or by one of
-# their inputs, and neurons of the MLP. The parts lie along the first axis behind batch and pos.
+# Parts of a node that have a score of their own: {part: the node}. Attention heads are parts of z, and their inputs
+# parts of q, k, v (k and v: one per key-value head) and the pattern; neurons are parts of the MLP's hidden layer. The
+# parts lie along the axis after batch and pos.
 PARTS_OF = {"head": "z", "head_q": "q", "head_k": "k", "head_v": "v", "head_pattern": "pattern", "neuron": "mlp_hidden"}
+
+
+def node_of(name: str) -> str:
+    """The node whose activation is recorded or written for `name`: itself, or the one that it is a part of."""
+    return PARTS_OF.get(name, name)
 
 
 def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False, replace=None) -> tuple[Tensor, dict]:
     """One forward pass: the final residual stream, and the nodes' activations {(name, layer): [batch, pos, ...]}.
 
     With grad, autograd can reach every one of them although no weight asks for a gradient. replace, {(name, layer):
-    value}, takes the place of what these nodes have computed.
+    activation}, takes the place of what these nodes have computed.
     """
     kept = {}
 
-    def hook(name, layer, value):
+    def hook(name, layer, x):
         if replace and (name, layer) in replace:
-            value = replace[name, layer]
-        if grad and not value.requires_grad:
-            value = value.detach().requires_grad_()
-        kept[name, layer] = value
-        return value
+            x = replace[name, layer]
+        if grad and not x.requires_grad:  # the first node of a pass; the later ones depend on it
+            x = x.detach().requires_grad_()
+        kept[name, layer] = x
+        return x
 
-    hook.nodes = {PARTS_OF.get(name, name) for name in nodes}
+    hook.nodes = {node_of(name) for name in nodes}
     with torch.set_grad_enabled(grad):
         return model.stream(tokens, lrp, hook), kept
 
 
-def coefficients(model, tokens, answers, nodes, metric=logit_diff, lrp=False, replace=None) -> tuple[dict, dict]:
-    """The nodes' activations and their rho, both {(name, layer): [batch, pos, ...]}: one forward pass, one backward."""
-    stream, acts = record(model, tokens, nodes, lrp, True, replace)
-    with torch.enable_grad():
-        value = read_out(model, stream, answers, metric, lrp).sum()  # prompts are independent: one backward serves all
-    return acts, dict(zip(acts, torch.autograd.grad(value, list(acts.values()), materialize_grads=True)))
+def by_part(x: Tensor, name: str) -> Tensor:
+    """An activation as [batch, pos, part, hidden]. Whatever is not one of PARTS_OF is its own single part.
 
-
-def run_patch(model, tokens, answers, nodes, metric=logit_diff, lrp=False) -> tuple[dict, object]:
-    """The nodes' activations in the patch run, and the rules for the original run: with two-point rules they know this one."""
-    if not getattr(lrp, "two_point", ()):
-        return record(model, tokens, nodes)[1], lrp
-    lrp = lrp.taped()
-    stream, acts = record(model, tokens, nodes, lrp)
-    with torch.no_grad():
-        read_out(model, stream, answers, metric, lrp)  # the final norm has its two points as well
-    lrp.tape.playing = True
-    return acts, lrp
-
-
-def propagate(
-    model, original: Tensor, patch: Tensor, answers: Tensor, keys, metric=logit_diff, lrp=False, steps=None
-) -> dict[tuple, tuple[Tensor, Tensor, Tensor]]:
-    """{(name, layer): (node(x_original), node(x_patch), rho)} for `keys`, pairs (name, layer).
-
-    Two forward passes and one backward; with `steps`, Integrated Gradients' many (see integrated()).
+    head: [b, t, h, d] as it is. neuron: [b, t, n] -> [b, t, n, 1]. Others: [b, t, ...] -> [b, t, 1, all the rest].
     """
-    nodes = {name for name, _ in keys}
-    patch_acts, lrp = run_patch(model, patch, answers, nodes, metric, lrp)
-    if steps is None:
-        acts, rho = coefficients(model, original, answers, nodes, metric, lrp)
-    else:
-        _, acts = record(model, original, nodes)
-        rho = {k: integrated(model, original, answers, k, acts[k], patch_acts[k], metric, steps) for k in keys}
-    return {key: (acts[key].detach(), patch_acts[key], rho[key]) for key in keys}
+    return x.unsqueeze(-1).flatten(3) if name in PARTS_OF else x.flatten(2).unsqueeze(2)
 
 
-def attribute(
-    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, lrp=False, steps=None
-) -> dict[str, Tensor]:
-    """AtP (lrp=False, Eq. 2), RelP (lrp=True: the paper's rules, or a set of rules; Eq. 3), or IG (steps=10, say).
-
-    original, patch [batch, pos] and answers [batch, 2] are token ids. Returns {node: [batch, layer, pos]}, for the kinds
-    in PARTS_OF [batch, layer, pos, part], in float32 or better and in the metric's unit. AtP and RelP are two forward
-    passes and one backward pass, without a gradient of any weight.
-    """
-    check(model, original, patch, answers, nodes)
-    keys = [(PARTS_OF.get(name, name), layer) for name in nodes for layer in range(model.config.n_layers)]
-    runs = propagate(model, original, patch, answers, keys, metric, lrp, steps)
-
-    def score(name, key):
-        before, after, rho = runs[key]
-        return dot(difference(before, after), rho, parts=name in PARTS_OF)
-
-    return by_layer(model, nodes, score)
+def by_layer(model, nodes, function: Callable) -> dict[str, Tensor]:
+    """{name: [batch, layer, pos, part]} of function(name, (node, layer)) [batch, pos, part]. One part has no axis."""
+    result = {}
+    for name in nodes:
+        layers = [function(name, (node_of(name), layer)) for layer in range(model.config.n_layers)]
+        stacked = torch.stack(layers, dim=1)
+        result[name] = stacked if name in PARTS_OF else stacked.squeeze(-1)
+    return result
 
 
 def difference(original: Tensor, patch: Tensor) -> Tensor:
@@ -159,71 +155,167 @@ def difference(original: Tensor, patch: Tensor) -> Tensor:
     return patch.detach().to(dtype) - original.detach().to(dtype)
 
 
-def dot(delta: Tensor, rho: Tensor, parts: bool = False) -> Tensor:
-    """delta . rho over everything behind batch and pos, or behind batch, pos and part."""
-    return (delta * rho).unsqueeze(-1).flatten(2 + parts).sum(-1)
+def changed(original: Tensor, patch: Tensor, name: str) -> Tensor:
+    """[batch, pos, part]: True where the two runs differ. Elsewhere every method scores exactly 0."""
+    return by_part(patch != original, name).any(-1)
 
 
-def changed(original: Tensor, patch: Tensor, parts: bool = False) -> Tensor:
-    """[batch, pos] or [batch, pos, part]: True where the two runs differ. Elsewhere every method scores exactly 0."""
-    return (patch != original).unsqueeze(-1).flatten(2 + parts).any(-1)
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 1: AP
 
 
-def by_layer(model, nodes, value) -> dict[str, Tensor]:
-    """{name: [batch, layer, pos, ...]} of value(name, (node, layer)) -> [batch, pos, ...]."""
-    layers = range(model.config.n_layers)
-    return {
-        name: torch.stack([value(name, (PARTS_OF.get(name, name), layer)) for layer in layers], dim=1) for name in nodes
-    }
-
-
-def check(model, original, patch, answers, nodes) -> None:
-    if original.shape != patch.shape:
-        raise ValueError(f"original and patch must have one shape, got {list(original.shape)} and {list(patch.shape)}")
-    if answers.shape != (len(original), 2):
-        raise ValueError(f"answers must have the shape [{len(original)}, 2], got {list(answers.shape)}")
-    if unknown := [name for name in nodes if PARTS_OF.get(name, name) not in model.nodes]:
-        raise ValueError(f"unknown node {unknown[0]!r}: this model has {', '.join((*model.nodes, *PARTS_OF))}")
-
-
-def compare(
+@torch.no_grad()
+def patch_one_by_one(
     model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff
-) -> tuple[Tensor, Tensor, dict]:
-    """The metric [batch] of the original run and of the patch run, and {node: bool [batch, layer, pos]}: where they differ."""
-    check(model, original, patch, answers, nodes)
-    stream, acts = record(model, original, nodes)
-    patch_stream, patch_acts = record(model, patch, nodes)
-    values = [read_out(model, s, answers, metric) for s in (stream, patch_stream)]
-    differs = lambda name, key: changed(acts[key], patch_acts[key], parts=name in PARTS_OF)
-    return *values, by_layer(model, nodes, differs)
+) -> dict[str, Tensor]:
+    """AP as Eq. 1 defines it: a whole forward pass for every node, layer and position (and part). Exact, and slow.
+
+    Arguments and result as in attribute(). activation_patching() gives the same numbers, up to rounding, much faster.
+    """
+    check(model, original, patch, answers, nodes, metric)
+    _, patch_acts = record(model, patch, nodes)
+
+    def patched(key, place):
+        """The metric of the original run, with the patch run's values of the activation `key` at the index `place`."""
+
+        def hook(name, layer, x):
+            if (name, layer) == key:
+                x = x.clone()
+                x[place] = patch_acts[key][place]
+            return x
+
+        hook.nodes = (key[0],)
+        return read_out(model, model.stream(original, hook=hook), answers, metric)
+
+    def effects_of_node(name, key):
+        n_pos, n_parts = by_part(patch_acts[key], name).shape[1:3]
+        base = patched(key, place=(slice(0, 0),))  # patched nowhere
+        result = base.new_zeros(len(base), n_pos, n_parts)
+        for pos, part in itertools.product(range(n_pos), range(n_parts)):
+            place = (slice(None), pos, part) if name in PARTS_OF else (slice(None), pos)
+            result[:, pos, part] = patched(key, place) - base
+        return result
+
+    return by_layer(model, nodes, effects_of_node)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Features: sparse autoencoders divide a node, x = sum_i f_i W_dec[i] + b_dec + error, and its score with it
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 2 and 3: AtP and RelP. In short:
+#
+#     patch_acts = the nodes' activations in the patch run
+#     acts, rho  = the nodes' activations in the original run, and the metric's gradient there; for RelP with rules on
+#     score      = ((patch_acts - acts) * rho).sum(over the hidden dimension)
+
+
+class Terms(NamedTuple):
+    """What a node's scores are made of, each [batch, pos, ...]: (patch - original) . rho."""
+
+    original: Tensor
+    patch: Tensor
+    rho: Tensor
+
+
+def coefficients(
+    model, tokens: Tensor, answers: Tensor, nodes, metric=logit_diff, lrp=False, replace=None
+) -> tuple[dict, dict]:
+    """The nodes' activations and their rho, both {(name, layer): [batch, pos, ...]}: one forward pass, one backward."""
+    stream, acts = record(model, tokens, nodes, lrp, True, replace)
+    with torch.enable_grad():
+        value = read_out(model, stream, answers, metric, lrp).sum()  # prompts do not mix: one backward is enough
+    rho = torch.autograd.grad(value, list(acts.values()), materialize_grads=True)
+    return acts, dict(zip(acts, rho))
+
+
+def propagate(
+    model, original: Tensor, patch: Tensor, answers: Tensor, keys, metric=logit_diff, lrp=False, steps=None
+) -> dict[Key, Terms]:
+    """The terms of the activations `keys`: two forward passes and one backward (with `steps`, see integrated()).
+
+    Rules may need to know the patch run; Table 1's do not. Such rules have a method two_runs(). It returns two sets of
+    rules: the first is on in the patch run and writes down what it needs, the second is on in the original run.
+    """
+    if steps is not None and lrp is not False:
+        raise ValueError("Integrated Gradients averages plain gradients: give steps or lrp, not both")
+    nodes = {name for name, _ in keys}
+    patch_lrp, lrp = lrp.two_runs() if hasattr(lrp, "two_runs") else (False, lrp)
+    patch_stream, patch_acts = record(model, patch, nodes, patch_lrp)
+    if patch_lrp is not False:
+        with torch.no_grad():
+            read_out(model, patch_stream, answers, metric, patch_lrp)  # the final norm is written down as well
+    if steps is None:
+        acts, rho = coefficients(model, original, answers, nodes, metric, lrp)
+    else:
+        _, acts = record(model, original, nodes)
+        rho = {k: integrated(model, original, answers, k, acts[k], patch_acts[k], metric, steps) for k in keys}
+    return {key: Terms(acts[key].detach(), patch_acts[key], rho[key]) for key in keys}
+
+
+def attribute(
+    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, lrp=False, steps=None
+) -> dict[str, Tensor]:
+    """AtP (lrp=False, Eq. 2), RelP (lrp=True: the paper's rules, or a set of rules; Eq. 3), or IG (steps=10, say).
+
+    original, patch [batch, pos] and answers [batch, 2] are token ids. Returns {node: [batch, layer, pos]}, for the
+    kinds in PARTS_OF [batch, layer, pos, part], in float32 or better and in the metric's unit. AtP and RelP are two
+    forward passes and one backward pass, without a gradient of any weight. ValueError if arguments do not fit.
+    """
+    check(model, original, patch, answers, nodes, metric)
+    keys = {(node_of(name), layer) for name in nodes for layer in range(model.config.n_layers)}
+    terms = propagate(model, original, patch, answers, keys, metric, lrp, steps)
+
+    def score(name, key):
+        before, after, rho = terms[key]
+        return by_part(difference(before, after) * rho, name).sum(-1)
+
+    return by_layer(model, nodes, score)
+
+
+def integrated(
+    model, tokens: Tensor, answers: Tensor, key: Key, original: Tensor, patch: Tensor, metric, steps: int
+) -> Tensor:
+    """rho of Integrated Gradients [21] for one activation: its gradient averaged on the way from original to patch.
+
+    The activation takes the values original + k/steps (patch - original), k = 0 .. steps - 1 (the quadrature of Marks
+    et al. [44]); the rest of the run uses the original prompt. The price is `steps` forward and backward passes for
+    every node and layer. Unlike in AP, all positions move together.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    total = torch.zeros_like(original)
+    for k in range(steps):
+        moved = {key: torch.lerp(original, patch, k / steps)}
+        total += coefficients(model, tokens, answers, (key[0],), metric, replace=moved)[1][key]
+    return total / steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features: a sparse autoencoder (SAE) writes an activation as x = sum_i f_i W_dec[i] + b_dec + error, and so the score
+# of a node is the sum of its features' scores and the error's
 
 
 def attribute_features(
     model, original: Tensor, patch: Tensor, answers: Tensor, saes: dict, metric=logit_diff, lrp=False, steps=None
-) -> dict[tuple, Tensor]:
+) -> dict[Key, Tensor]:
     """The score of every feature and, last, of the error: {(name, layer): [batch, pos, n_features + 1]}.
 
-    saes: {(name, layer): models.SAE, or what has its encode and W_dec}. The scores of one node add up to
-    attribute()'s, and cost the same passes.
+    saes: {(name, layer): an SAE of the model's dtype}, anything with encode(x [..., d]) -> features [..., n_features]
+    and a tensor W_dec [n_features, d]. The scores of one node add up to attribute()'s, and cost the same passes.
     """
-    check(model, original, patch, answers, {name for name, _ in saes})
+    check(model, original, patch, answers, {name for name, _ in saes}, metric)
     return divide(propagate(model, original, patch, answers, saes, metric, lrp, steps), saes)
 
 
-def divide(runs: dict, saes: dict) -> dict[tuple, Tensor]:
-    """propagate()'s runs as scores of the units of `saes`, which may be some of the runs' nodes.
+@torch.no_grad()
+def divide(terms: dict[Key, Terms], saes: dict) -> dict[Key, Tensor]:
+    """Each node's scores divided among the features of its SAE and the error. `saes` may be of some of the nodes only.
 
     score(f_i) = (f_i(x_patch) - f_i(x_original)) (W_dec[i] . rho)
     score(error) = (error(x_patch) - error(x_original)) . rho
     """
     scores = {}
     for key, sae in saes.items():
-        before, after, rho = (x.flatten(2) for x in runs[key])
-        where = changed(before, after) & (rho != 0).any(-1)  # elsewhere the scores are 0
+        before, after, rho = (x.flatten(2) for x in terms[key])
+        where = (before != after).any(-1) & (rho != 0).any(-1)  # elsewhere the scores are 0
         before, after, rho = before[where], after[where], rho[where]
         features = difference(sae.encode(before), sae.encode(after)) * (rho @ sae.W_dec.T)
         error = (difference(before, after) * rho).sum(-1) - features.sum(-1)  # what is left of the node's score
@@ -233,266 +325,271 @@ def divide(runs: dict, saes: dict) -> dict[tuple, Tensor]:
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Two relatives, for comparison: Integrated Gradients, and AtP*'s way with q and k
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 1 again, much faster: AP by resumed runs
 
 
-def integrated(
-    model, tokens, answers, key, before: Tensor, after: Tensor, metric=logit_diff, steps: int = 10
-) -> Tensor:
-    """rho of Integrated Gradients [21] for one node: its gradient averaged along the way from the original to the patch run.
+@dataclass
+class OriginalRun:
+    """The original run, recorded so that edited runs can be resumed from it.
 
-    The node takes the values before + k/steps (after - before), k = 0 .. steps - 1 (the quadrature of Marks et al. [44]),
-    all else follows from the original prompt: `steps` forward and backward passes for every node.
+    acts  {(name, layer): [batch, pos, ...]}: resid_pre, k and v of every layer, and whatever else was asked for. The
+          stream after the last block is the resid_pre of layer n_layers.
     """
-    total = torch.zeros_like(before)
-    for k in range(steps):
-        moved = {key: torch.lerp(before, after, k / steps)}
-        total += coefficients(model, tokens, answers, (key[0],), metric, replace=moved)[1][key]
-    return total / steps
 
-
-def attribute_star(
-    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff
-) -> dict[str, Tensor]:
-    """AtP with the QK fix of AtP* [18]: for q and k the softmax is computed, not linearised; else it is attribute().
-
-    score(q) = (pattern with that position's q from the patch run - pattern) . rho(pattern), and k alike. Needs, beside
-    what attribute() does, model.blocks[layer].attn.scores(q, k), as models.Transformer has it.
-    """
-    check(model, original, patch, answers, nodes)
-    names = [name for name in nodes if PARTS_OF.get(name, name) in ("q", "k")]
-    others = [name for name in nodes if name not in names]
-    result = attribute(model, original, patch, answers, others, metric) if others else {}
-    acts, rho = coefficients(model, original, answers, ("q", "k", "pattern"), metric)
-    _, patch_acts = record(model, patch, ("q", "k"))
-    fixed = {}
-    for layer in range(model.config.n_layers):
-        q, k, q_patch, k_patch = (a[n, layer].detach() for a in (acts, patch_acts) for n in "qk")
-        groups = q.shape[2] // k.shape[2]  # query heads that share one key head
-        pattern, r = acts["pattern", layer].detach(), rho["pattern", layer]  # [batch, query, head, key]
-        scores = lambda q, k: model.blocks[layer].attn.scores(q, k.repeat_interleave(groups, dim=2)).to(r.dtype)
-        s, s_k = scores(q, k), scores(q, k_patch)
-        by_q = scores(q_patch, k).masked_fill(pattern == 0, -torch.inf).softmax(-1) - pattern
-        fixed["q", layer] = (by_q * r).sum(-1)
-        # one key changes one score of a row: its weight grows by the factor `growth`, all are divided by the new sum
-        growth = (s_k - s).clamp(max=60).exp()
-        total = 1 + pattern * (growth - 1)
-        rest = (pattern * r).sum(-1, keepdim=True) - pattern * r
-        by_k = pattern * (growth / total - 1) * r + (1 / total - 1) * rest
-        fixed["k", layer] = by_k.sum(1).transpose(1, 2).unflatten(2, (-1, groups)).sum(3)  # [batch, key, key head]
-    result |= by_layer(model, names, lambda name, key: fixed[key] if name in PARTS_OF else fixed[key].sum(-1))
-    return {name: result[name] for name in nodes}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# AP
+    model: object
+    answers: Tensor
+    metric: Callable
+    value: Tensor  # the metric [batch]
+    acts: dict[Key, Tensor]
+    n_layers: int
+    n_pos: int
 
 
 @dataclass
 class Edit:
-    """What AP writes into the original run: at `node` of `layer`, one run for each True in `cells`.
+    """What AP writes into the original run: at `node` of `layer`, one edited run for each True in `cells`.
 
-    cells  bool [batch, pos] or, for the parts of a node, [batch, pos, part]
-    value  value(prompts, pos) or value(prompts, pos, parts) -> [n, 1, ...], the node at pos in n edited runs
+    cells  bool [batch, pos, part]
+    new    new(prompts [n], pos, parts [n]) -> [n, 1, ...]: the node's activation at position pos in n edited runs
     """
 
     node: str
     layer: int
     cells: Tensor
-    value: object
+    new: Callable
 
     @property
     def entry(self) -> int:
-        """The layer that the edited run goes on from: resid_pre is written ahead of its layer, all else within it."""
-        return self.layer + (self.node != "resid_pre")
+        """The first layer that an edited run goes through as a whole: resid_pre is edited before its layer.
+
+        Other nodes are edited within their layer, which edited_stream() computes.
+        """
+        return self.layer if self.node == "resid_pre" else self.layer + 1
 
 
 def activation_patching(
-    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff, cells=None, **how
+    model,
+    original: Tensor,
+    patch: Tensor,
+    answers: Tensor,
+    nodes,
+    metric=logit_diff,
+    cells: dict | None = None,
+    rows: int = 32,
+    pieces: dict | None = None,
+    progress: Callable | None = None,
+    lockstep: bool = False,
 ) -> dict[str, Tensor]:
-    """AP (Eq. 1), exact: one (layer, position) of one node, or part of a node, from the patch run into the original run.
+    """AP (Eq. 1), exact: one (layer, position) of a node, or of a part of it, from the patch run into the original run.
 
-    Arguments and result as in attribute().
-
-    cells  {node: bool}, shaped like the result or like one prompt's: patch these alone, and return 0 elsewhere
-    how    rows, pieces, progress, lockstep: see effects()
+    Arguments and result as in attribute(). cells, {node: bool}, shaped like the result or like one prompt's: patch
+    these only, and return 0 elsewhere. The others are those of effects(); a model without `block` does not need them.
     """
-    check(model, original, patch, answers, nodes)
-    final, acts = record(model, original, {*KEPT, *nodes})
+    check(model, original, patch, answers, nodes, metric)
+    if not hasattr(model, "block"):
+        scores = patch_one_by_one(model, original, patch, answers, nodes, metric)
+        return scores if cells is None else {name: scores[name].where(cells[name], 0) for name in nodes}
+    run = record_original(model, original, answers, nodes, metric)
     _, patch_acts = record(model, patch, nodes)
 
     def edit(name, layer):
-        parts = name in PARTS_OF
-        key = PARTS_OF.get(name, name), layer
-        before, after = acts[key], patch_acts[key]
-        chosen = changed(before, after, parts)
+        key = node_of(name), layer
+        before, after = run.acts[key], patch_acts[key]
+        chosen = changed(before, after, name)
         if cells is not None:
-            chosen = chosen & cells[name].select(-2 - parts, layer)
+            of_node = cells[name] if name in PARTS_OF else cells[name].unsqueeze(-1)
+            chosen = chosen & of_node.select(-3, layer)
 
-        def value(prompts, pos, *part):
-            if not parts:
+        def new(prompts, pos, parts):
+            if name not in PARTS_OF:
                 return after[prompts, pos : pos + 1]
-            row = torch.arange(len(prompts), device=prompts.device)  # this part from the patch run, the others stay
-            index = row, torch.zeros_like(row), *part
-            return before[prompts, pos : pos + 1].index_put(index, after[prompts, pos, part[0]])
+            x = before[prompts, pos : pos + 1]  # a copy, in which the other parts stay
+            x[range(len(x)), 0, parts] = after[prompts, pos, parts]
+            return x
 
-        return Edit(*key, chosen, value)
+        return Edit(*key, chosen, new)
 
-    edits = {(name, layer): edit(name, layer) for name in nodes for layer in range(model.config.n_layers)}
-    result = effects(model, original, answers, final, acts, edits, metric, **how)
+    edits = {(name, layer): edit(name, layer) for name in nodes for layer in range(run.n_layers)}
+    result = effects(run, edits, rows, pieces, progress, lockstep)
     return by_layer(model, nodes, lambda name, key: result[name, key[1]])
 
 
+@torch.no_grad()
 def patch_features(
-    model, original: Tensor, patch: Tensor, answers: Tensor, saes: dict, metric=logit_diff, **how
-) -> dict[tuple, Tensor]:
+    model, original: Tensor, patch: Tensor, answers: Tensor, saes: dict, metric=logit_diff, rows: int = 32
+) -> dict[Key, Tensor]:
     """AP of single features, exact: at one position feature i, or the error, is given its value in the patch run.
 
         node <- node(x_original) + (f_i(x_patch) - f_i(x_original)) W_dec[i]
 
-    Arguments and result as in attribute_features(); how: as in effects(). One run per feature that differs: for small
-    models.
+    Arguments and result as in attribute_features(). One run per feature that differs: for small models.
     """
     nodes = {name for name, _ in saes}
-    check(model, original, patch, answers, nodes)
-    final, acts = record(model, original, {*KEPT, *nodes})
+    check(model, original, patch, answers, nodes, metric)
+    run = record_original(model, original, answers, nodes, metric)
     _, patch_acts = record(model, patch, nodes)
 
     def edit(key, sae):
-        before, after = acts[key].flatten(2), patch_acts[key].flatten(2)
-        features = difference(sae.encode(before), sae.encode(after)).to(before.dtype)
-        error = difference(before, after).to(before.dtype) - features @ sae.W_dec  # b_dec cancels
-        features, W_dec = pad(features, (0, 1)), pad(sae.W_dec, (0, 0, 0, 1))  # the error comes last
+        x, before, after = run.acts[key], run.acts[key].flatten(2), patch_acts[key].flatten(2)
+        moves = difference(sae.encode(before), sae.encode(after)).to(x.dtype)  # of the features
+        error_moves = difference(before, after).to(x.dtype) - moves @ sae.W_dec  # b_dec cancels
+        cells = torch.cat([moves != 0, (error_moves != 0).any(-1, keepdim=True)], dim=-1)  # the error is the last unit
+        moves, directions = pad(moves, (0, 1)), pad(sae.W_dec, (0, 0, 0, 1))
 
-        def value(prompts, pos, part):
-            move = features[prompts, pos, part, None] * W_dec[part]
-            move = torch.where((part == len(sae.W_dec))[:, None], error[prompts, pos], move)
-            return acts[key][prompts, pos : pos + 1] + move.view(-1, 1, *acts[key].shape[2:])
+        def new(prompts, pos, parts):
+            move = moves[prompts, pos, parts, None] * directions[parts]
+            move = torch.where((parts == len(sae.W_dec))[:, None], error_moves[prompts, pos], move)
+            return x[prompts, pos : pos + 1] + move.view(-1, 1, *x.shape[2:])
 
-        return Edit(*key, torch.cat([features[..., :-1] != 0, (error != 0).any(-1, keepdim=True)], dim=-1), value)
+        return Edit(*key, cells, new)
 
-    edits = {key: edit(key, sae) for key, sae in saes.items()}
-    return effects(model, original, answers, final, acts, edits, metric, **how)
-
-
-KEPT = "resid_pre", "k", "v"  # of the original run, so that runs can be resumed in the middle
+    return effects(run, {key: edit(key, sae) for key, sae in saes.items()}, rows)
 
 
 @torch.no_grad()
+def record_original(model, tokens: Tensor, answers: Tensor, nodes, metric) -> OriginalRun:
+    """The original run with these nodes. ValueError if the model's block() cannot resume it."""
+    if not hasattr(model, "block"):
+        raise ValueError(
+            "this model has no method `block`, and its runs cannot be resumed: see what relp.py asks of it"
+        )
+    final, acts = record(model, tokens, {"resid_pre", "k", "v", *nodes})
+    n_layers, n_pos = model.config.n_layers, tokens.shape[1]
+    acts["resid_pre", n_layers] = final
+    run = OriginalRun(model, answers, metric, read_out(model, final, answers, metric), acts, n_layers, n_pos)
+    # a trial: the first prompt from the middle on, and nothing edited
+    first, middle = torch.zeros(1, dtype=torch.long, device=tokens.device), n_pos // 2
+    x = acts["resid_pre", 0][first, middle:]
+    for layer in range(n_layers):
+        x = resume(run, layer, x, first, middle, last=layer == n_layers - 1)
+    off, size = (x[:, -1] - final[first, -1]).abs().max(), final[first, -1].abs().max()
+    if off > size * torch.finfo(final.dtype).eps ** 0.5:
+        raise ValueError(
+            f"this model's block() does not resume a run: its final stream is off by {off:.3g}. See what relp.py asks "
+            "of it, or do without it: AP then makes one whole pass per node"
+        )
+    return run
+
+
 def effects(
-    model,
-    original: Tensor,
-    answers: Tensor,
-    final: Tensor,
-    acts: dict,
-    edits: dict,
-    metric=logit_diff,
+    run: OriginalRun,
+    edits: dict[tuple, Edit],
     rows: int = 32,
-    pieces=None,
-    progress=None,
+    pieces: dict | None = None,
+    progress: Callable | None = None,
     lockstep: bool = False,
-) -> dict:
-    """{label: metric(edited run) - metric(original run), shaped as its cells} for edits {label: Edit}; 0 outside of the cells.
+) -> dict[tuple, Tensor]:
+    """{label: [batch, pos, part]}: metric(edited run) - metric(original run) for edits {label: Edit}; 0 outside cells.
 
-    An edit at (layer, pos) changes nothing before that layer and nothing before that position. So an edited run is the
-    original run *resumed*: its residual stream from pos on, edited, goes on from that layer, while attention reads the
-    keys and values of the positions before from the original run. Edited runs of one position go down the layers
-    together, in convoys that runs of later layers join where they begin.
+    An edit at (layer, pos) changes nothing before that layer and, attention being causal, nothing before that position.
+    So an edited run is the original run *resumed*. Here resid_pre is edited at layer 1, position 2:
 
-    final     the original run's final stream; acts: its nodes, those in KEPT among them
-    rows      how many runs go through a block together (more as they get shorter)
+        position       0  1  2  3
+        final stream   .  .  .  R
+        layer 2        k  k  C  C
+        layer 1        k  k  E  C
+        layer 0        .  .  o  o
+
+        E  the edit    C  computed in the edited run    R  read out: only the last position counts
+        k  the original run's keys and values, which attention in C reads    o  the original run's stream
+
+    Another node is edited within its layer, and changes only its own position there; k and v change the later ones too.
+
+    rows      how many edited runs go through a block together (more as they get shorter)
     pieces    a mapping {pos: {label: effects}} in which finished positions are kept and from which they are taken, so
               that a long run can go on where it was stopped
     progress  progress(fraction) is called as the work proceeds
     lockstep  run all cells, changed or not: processes that share weights must make the same calls
     """
-    n_layers, n_pos = model.config.n_layers, original.shape[1]
-    base = read_out(model, final, answers, metric)
-    streams = [acts["resid_pre", layer] for layer in range(n_layers)] + [final]
-
-    def resumed(prompts, pos, key=None, value=None):
-        """The hook of original runs resumed at pos, the node `key` having this value there."""
-
-        def hook(name, layer, x):
-            edited = (name, layer) == key
-            if name in ("k", "v"):
-                past_and_x = acts[name, layer].index_select(0, prompts)[:, : pos + x.shape[1]]
-                past_and_x[:, pos:] = x
-                if edited:
-                    past_and_x[:, pos : pos + 1] = value
-                return past_and_x
-            return value[..., : x.shape[-1]] if edited else x  # of a pattern the keys up to here
-
-        hook.nodes = ("k", "v", key and key[0])
-        return hook
-
-    def edited_stream(edit, pos, where):
-        """The streams from pos on, at the layer that the edited runs enter; `where` indexes prompt, or prompt and part."""
-        prompts, value = where[0], edit.value(where[0], pos, *where[1:])
-        stream = streams[edit.layer][prompts, pos:]
-        if edit.node == "resid_pre":
-            return torch.cat([value, stream[:, 1:]], dim=1)
-        # k and v reach all later positions at once, any other node its own alone
-        reach = None if edit.node in ("k", "v") else 1
-        hook, last = resumed(prompts, pos, (edit.node, edit.layer), value), reach is None and edit.entry == n_layers
-        edited = model.block(edit.layer, stream[:, :reach], hook=hook, start=pos, last=last)
-        return edited if reach is None else torch.cat([edited, streams[edit.entry][prompts, pos + 1 :]], dim=1)
-
-    def convoys(pos):
-        """Lists of (label, where) in the order in which they enter, of at most `rows` runs each."""
-        most, convoy, size = max(1, rows * n_pos // (n_pos - pos)), [], 0
-        for label, edit in sorted(edits.items(), key=lambda item: item[1].entry):
-            if edit.entry == n_layers and pos < n_pos - 1 and edit.node not in ("k", "v"):
-                continue  # behind the last block, only the last position is read
-            where = (edit.cells[:, pos] | lockstep).nonzero()
-            while len(where):
-                part, where = where[: most - size], where[most - size :]
-                convoy.append((label, part.unbind(1)))
-                size += len(part)
-                if size == most:
-                    yield convoy
-                    convoy, size = [], 0
-        if convoy:
-            yield convoy
-
-    def effects_at(pos):
-        """{label: [batch, ...]}: the effects of all edits at one position."""
-        nonlocal done
-        effect = {label: base.new_zeros(edit.cells[:, pos].shape) for label, edit in edits.items()}
-        for convoy in convoys(pos):
-            prompts, x = original.new_zeros(0), None
-            for layer in range(edits[convoy[0][0]].entry, n_layers + 1):
-                for label, where in convoy:
-                    if edits[label].entry == layer:
-                        stream = edited_stream(edits[label], pos, where)
-                        prompts, x = torch.cat([prompts, where[0]]), stream if x is None else torch.cat([x, stream])
-                if layer < n_layers:
-                    x = model.block(layer, x, hook=resumed(prompts, pos), start=pos, last=layer == n_layers - 1)
-                    done += len(x)
-            change = read_out(model, x, answers[prompts], metric) - base[prompts]
-            for (label, where), c in zip(convoy, change.split([len(where[0]) for _, where in convoy])):
-                effect[label][where] = c
-            if progress:
-                progress(done / total)
-        return {label: value * edits[label].cells[:, pos] for label, value in effect.items()}
-
-    # in runs through one block: an edited run goes through all blocks from the one that it enters on
-    steps = lambda convoy: sum(len(where[0]) * (n_layers - edits[label].entry) for label, where in convoy)
-    work = [sum(map(steps, convoys(pos))) for pos in range(n_pos)]
-    done, total = 0, max(1, sum(work))
     pieces = {} if pieces is None else pieces
-    for pos in range(n_pos):
-        if pos in pieces:
-            done += work[pos]
-        else:
-            pieces[pos] = effects_at(pos)
-    return {label: torch.stack([pieces[pos][label] for pos in range(n_pos)], dim=1) for label in edits}
+    counts = [sum(int(to_run(run, e, pos, lockstep).sum()) for e in edits.values()) for pos in range(run.n_pos)]
+    work = torch.tensor(counts) * torch.arange(run.n_pos, 0, -1)  # a resumed run computes the positions from pos on
+    for pos in range(run.n_pos):
+        if pos not in pieces:
+            pieces[pos] = effects_at(run, edits, pos, max(1, rows * run.n_pos // (run.n_pos - pos)), lockstep)
+        if progress:
+            progress(int(work[: pos + 1].sum()) / max(1, int(work.sum())))
+    return {label: torch.stack([pieces[pos][label] for pos in range(run.n_pos)], dim=1) for label in edits}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Circuits (Section 5.2): units are features and errors, each at a position. A circuit {(name, layer): bool
-# [pos, n_features + 1]} is what is left of the model when all other units are held at their means.
+def to_run(run: OriginalRun, edit: Edit, pos: int, lockstep: bool) -> Tensor:
+    """Which of an edit's cells at one position need a run: bool [batch, part]."""
+    # In the last layer, only keys and values can still reach the last position from another one.
+    matters = edit.entry < run.n_layers or pos == run.n_pos - 1 or edit.node in ("k", "v")
+    return (edit.cells[:, pos] | lockstep) & matters
+
+
+@torch.no_grad()
+def effects_at(run: OriginalRun, edits: dict[tuple, Edit], pos: int, rows: int, lockstep: bool) -> dict[tuple, Tensor]:
+    """{label: [batch, part]}: the effects of all edits at one position.
+
+    All their runs are put in the order of the layers that they enter, and taken `rows` at a time: these go through the
+    layers together, and those that enter a later layer join there.
+    """
+    labels = sorted(edits, key=lambda label: edits[label].entry)
+    places = [to_run(run, edits[label], pos, lockstep).nonzero() for label in labels]  # each [n, (prompt, part)]
+    every = torch.cat([pad(place, (1, 0), value=i) for i, place in enumerate(places)])  # [all, (edit, prompt, part)]
+    changes = [run.value[:0]]
+    for together in every.split(rows) if len(every) else ():
+        numbers, counts = together[:, 0].unique_consecutive(return_counts=True)
+        groups = zip(numbers.tolist(), together[:, 1:].split(counts.tolist()))
+        joining = [(edits[labels[i]], *place.unbind(1)) for i, place in groups]  # (edit, prompts, parts)
+        prompts, x = together[:, 1], None  # x: the streams of those that have joined, the first len(x) of `together`
+        for layer in range(joining[0][0].entry, run.n_layers + 1):
+            for edit, *place in joining:
+                if edit.entry == layer:
+                    stream = edited_stream(run, edit, pos, *place)
+                    x = stream if x is None else torch.cat([x, stream])
+            if layer < run.n_layers:
+                x = resume(run, layer, x, prompts[: len(x)], pos, last=layer == run.n_layers - 1)
+        changes.append(read_out(run.model, x, run.answers[prompts], run.metric) - run.value[prompts])
+    result = {}
+    for label, place, change in zip(labels, places, torch.cat(changes).split([len(place) for place in places])):
+        cells = edits[label].cells[:, pos]
+        result[label] = run.value.new_zeros(cells.shape)
+        result[label][place.unbind(1)] = change
+        result[label] = result[label].where(cells, 0)  # lockstep runs others too
+    return result
+
+
+def edited_stream(run: OriginalRun, edit: Edit, pos: int, prompts: Tensor, parts: Tensor) -> Tensor:
+    """The streams of edited runs before the layer that they enter: [n, positions from pos on, d_model]."""
+    new, stream = edit.new(prompts, pos, parts), run.acts["resid_pre", edit.layer][prompts, pos:]
+    if edit.node == "resid_pre":
+        return torch.cat([new, stream[:, 1:]], dim=1)
+    if edit.node in ("k", "v"):  # a key or value changes all later positions of its layer
+        return resume(run, edit.layer, stream, prompts, pos, edit.entry == run.n_layers, edit.node, new)
+    own = resume(run, edit.layer, stream[:, :1], prompts, pos, False, edit.node, new)  # others change their own only
+    return torch.cat([own, run.acts["resid_pre", edit.entry][prompts, pos + 1 :]], dim=1)
+
+
+def resume(
+    run: OriginalRun, layer: int, x: Tensor, prompts: Tensor, pos: int, last=False, node: str = "", new=None
+) -> Tensor:
+    """One block on the streams x [n, positions from pos on, d_model], which are runs of these prompts.
+
+    If a node of this layer is named, its activation at pos is `new` [n, 1, ...].
+    """
+
+    def hook(name, layer, y):
+        if name in ("k", "v"):
+            past_and_y = run.acts[name, layer].index_select(0, prompts)[:, : pos + y.shape[1]]  # a copy
+            past_and_y[:, pos:] = y
+            if name == node:
+                past_and_y[:, pos : pos + 1] = new
+            return past_and_y
+        # a recorded pattern has all keys, this run those up to pos
+        return new[..., : y.shape[-1]] if name == node else y
+
+    hook.nodes = ("k", "v", node)
+    return run.model.block(layer, x, hook=hook, start=pos, last=last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Circuits (Section 5.2). Units are features and errors, each at a position. A circuit {(name, layer): bool [pos,
+# n_features + 1]} says which units are left in the model when all others are held at their means. One takes the units
+# whose mean score exceeds a threshold in size.
 
 
 class Neurons:
@@ -506,10 +603,10 @@ class Neurons:
 
 
 @torch.no_grad()
-def unit_means(model, tokens: Tensor, saes: dict) -> dict[tuple, tuple[Tensor, Tensor]]:
-    """{(name, layer): (features [pos, n_features], the rest x - sum_i f_i W_dec[i] [pos, d])}, means over tokens [batch, pos].
+def unit_means(model, tokens: Tensor, saes: dict) -> dict[Key, tuple[Tensor, Tensor]]:
+    """Means over tokens [batch, pos]: {(name, layer): (features [pos, n_features], rest [pos, d])}.
 
-    The rest is the error plus b_dec, which is constant: to hold the one at its mean is to hold the other.
+    The rest of x is x - sum_i f_i W_dec[i]: its mean is that of the error, plus b_dec, which is constant.
     """
     _, acts = record(model, tokens, {name for name, _ in saes})
     means = {}
@@ -521,221 +618,87 @@ def unit_means(model, tokens: Tensor, saes: dict) -> dict[tuple, tuple[Tensor, T
 
 
 @torch.no_grad()
-def run_circuit(model, tokens: Tensor, answers: Tensor, saes: dict, means: dict, circuit: dict, metric=logit_diff):
+def run_circuit(
+    model, tokens: Tensor, answers: Tensor, saes: dict, means: dict, circuit: dict, metric=logit_diff
+) -> Tensor:
     """The metric [batch] of the run in which all units of `saes` outside the circuit are held at their means,
 
-        x <- sum_i g_i W_dec[i] + rest,     g_i = f_i(x) in the circuit, else its mean; the rest x - sum_i f_i(x) W_dec[i]
-                                            where the error is in the circuit, else its mean
+        x <- sum_i g_i W_dec[i] + rest
 
-    where f are those of the x that this run has computed, so that nodes ablated before have their effect.
+        g_i    f_i(x) if feature i is in the circuit, else its mean
+        rest   x - sum_i f_i(x) W_dec[i] if the error is in the circuit, else its mean
+
+    x is what this run has computed, so that nodes ablated before have their effect.
     """
 
     def hook(name, layer, x):
         key = name, layer
         if key not in saes:
             return x
-        sae, (features, rest), flat = saes[key], means[key], x.flatten(2)
-        own, kept, error_kept = sae.encode(flat), circuit[key][:, :-1], circuit[key][:, -1:]
-        held = torch.where(kept, own, features)
-        # with the error in the circuit, x + the features' change: exactly x where all are
-        moved = torch.where(error_kept, flat, rest) + torch.where(error_kept, held - own, held) @ sae.W_dec
-        return moved.view_as(x)
+        sae, (mean_f, mean_rest), flat = saes[key], means[key], x.flatten(2)
+        f, feature_kept, error_kept = sae.encode(flat), circuit[key][:, :-1], circuit[key][:, -1:]
+        g = torch.where(feature_kept, f, mean_f)
+        # with the error in the circuit x + sum_i (g_i - f_i) W_dec[i], which is exactly x if all features are kept
+        x_new = torch.where(error_kept, flat, mean_rest) + torch.where(error_kept, g - f, g) @ sae.W_dec
+        return x_new.view_as(x)
 
     hook.nodes = {name for name, _ in saes}
     return read_out(model, model.stream(tokens, hook=hook), answers, metric)
 
 
 def faithfulness(circuit: Tensor, full: Tensor, empty: Tensor) -> Tensor:
-    """(L(C) - L(empty)) / (L(M) - L(empty)) of the metrics' means over the last axis. Of the complement's run: completeness."""
+    """(L(C) - L(empty)) / (L(M) - L(empty)), L being the metric's mean over the last axis.
+
+    With L(M without C) in the place of L(C), it is the completeness of C.
+    """
     return (circuit.mean(-1) - empty.mean(-1)) / (full.mean(-1) - empty.mean(-1))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# How well a method predicts AP. Scores of all prompts are [prompt, layer, pos], maybe with parts behind, NaN beyond a
-# prompt's length; groups names for each prompt the group (template) whose positions mean the same.
-#
-# Every measure is a function of how often each prompt counts, weights [B, prompt]: once each for the number itself, as
-# often as it was drawn for a bootstrap resample. The same weights for two methods make their difference a paired one.
+# ---------------------------------------------------------------------------------------------------------------------
+# The two runs side by side, Pearson's correlation (PCC), and the check of arguments
 
 
-def resamples(groups: list[str], B: int = 1000, seed: int = 0) -> Tensor:
-    """The weights [B, prompt] of B bootstrap resamples of the prompts: how often each was drawn.
-
-    As many prompts as there are, with replacement, within each group (stratified: the design fixes how many a template
-    has). Groups of a single prompt are one stratum, since alone they could not vary; a resample leaves the cells of an
-    absent group out. One prompt in all says nothing about the spread: its weights are 0, and every measure is NaN.
-    """
-    generator, weights = torch.Generator().manual_seed(seed), torch.zeros(B, len(groups), dtype=torch.float64)
-    strata = [g if groups.count(g) > 1 else None for g in groups]
-    for stratum in dict.fromkeys(strata if len(groups) > 1 else ()):
-        rows = torch.tensor([i for i, other in enumerate(strata) if other == stratum])
-        drawn = rows[torch.randint(len(rows), (B, len(rows)), generator=generator)]
-        weights.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
-    return weights
-
-
-def interval(values: Tensor) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentile of a measure's, or of a difference's, values [B] over the resamples.
-
-    Undefined resamples (NaN) are left out. Where they are more than a twentieth, the interval is undefined too.
-    """
-    if values.isnan().double().mean() > 0.05:
-        return math.nan, math.nan
-    return tuple(values.nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist())
-
-
-def agreement(
-    scores: Tensor,
-    ap: Tensor,
-    groups: list[str],
-    cells: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """How well a method's scores s predict AP's a, as {measure: [B]}; B is 1 without weights. All in float64.
-
-    Three Pearson correlations (PCC; Section 5.1 of the paper leaves open which); NaN where one side is constant:
-
-    averaged         of the averaged maps: per group the mean over its prompts (as in Figure 2), groups concatenated
-    pooled           over all cells of all prompts at once
-    per_prompt       the mean over prompts of each prompt's own; per_prompt_std is their spread over prompts
-
-    The others are of the averaged maps, as `averaged` is. In parentheses what a perfect method has:
-
-    spearman         PCC of the cells' ranks, equal values sharing their mean rank: is the order right? (1)
-    sign             of the cells that matter, |a| >= 10 % of the largest |a|, the share where s has a's sign (1)
-    recall           of AP's top 10 cells by |a|, the share in the method's top 10 by |s|; see `top` for ties (1)
-    slope            sum(a s) / sum(a a), the least-squares line through 0: is the size right, or only the shape? (1)
-    false_negative   the largest |a| where the method says zero, |s| <= 1 % of the largest |s|, as a share of the
-                     largest |a| (0)
-
-    cells, shaped like the scores and bool, leaves out those where it is False (averaged maps: in all prompts drawn).
-    """
-    weights = (torch.ones(1, len(ap)) if weights is None else weights).double()
-    padding = ap.flatten(1).isnan()
-    there = ~padding if cells is None else ~padding & cells.flatten(1)
-    s, a = (x.double().flatten(1).masked_fill(padding, 0) for x in (scores, ap))
-    rows = [[i for i, other in enumerate(groups) if other == g] for g in dict.fromkeys(groups)]
-
-    def of_averages(w: Tensor) -> dict[str, Tensor]:
-        total = lambda x: torch.cat([w[:, r] @ x[r].double() for r in rows], dim=1)  # [B, cells of all groups]
-        keep, drawn = (total(there) > 0) & (total(padding) == 0), total(~padding)
-        return of_maps(total(s) / drawn, total(a) / drawn, keep)
-
-    parts = [of_averages(w) for w in weights.split(max(1, 2**22 // (len(rows) * s.shape[1])))]  # 32 MB a map
-    sums = moments(s, a, there)
-    each = correlation(sums)
-    w = weights * ~each.isnan()
-    mean, square = (w @ x.nan_to_num() / w.sum(1) for x in (each, each * each))
-    return {
-        **{name: torch.cat([part[name] for part in parts]) for name in parts[0]},
-        "pooled": correlation(weights @ sums),
-        "per_prompt": mean,
-        "per_prompt_std": (square - mean * mean).clamp(min=0).sqrt(),
-    }
-
-
-def of_maps(s: Tensor, a: Tensor, keep: Tensor, k: int = 10) -> dict[str, Tensor]:
-    """The measures of the averaged maps s and a [B, cell], over the cells in keep; `agreement` defines them."""
-    pcc = correlation(moments(s, a, keep))
-    order = (ranks(x.masked_fill(~keep, math.inf)) for x in (s, a))  # what is left out comes last: no rank changes
-    spearman = correlation(moments(*order, keep)).where(~pcc.isnan(), torch.nan)  # a constant's order is rounding
-    s, a = s.masked_fill(~keep, 0), a.masked_fill(~keep, 0)
-    most_s, most_a = (x.abs().amax(1, keepdim=True) for x in (s, a))
-    share = lambda part, whole: (part & whole).double().sum(1) / whole.double().sum(1)
-    return {
-        "averaged": pcc,
-        "spearman": spearman,
-        "sign": share(s.sign() == a.sign(), (a.abs() >= 0.1 * most_a) & (a != 0)),
-        "recall": share(top(s.abs(), k), top(a.abs(), k)),
-        "slope": (a * s).sum(1) / (a * a).sum(1),
-        "false_negative": a.abs().masked_fill(s.abs() > 0.01 * most_s, 0).amax(1) / most_a[:, 0],
-    }
-
-
-def top(size: Tensor, k: int) -> Tensor:
-    """Which cells of each row are among the k largest. Zeros never are, nor are ties for which there is no room."""
-    return size > (size.topk(k + 1).values[:, -1:] if k < size.shape[1] else 0)
-
-
-def ranks(x: Tensor) -> Tensor:
-    """Each value's rank in its row, from 1; equal values share the mean of their ranks."""
-    ordered, at = x.sort()
-    i, new = torch.arange(x.shape[1]), torch.ones_like(x, dtype=torch.bool)  # new: not the value in front of it again
-    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    first = torch.where(new, i, 0).cummax(1).values  # of the run of equal values that a value belongs to
-    last = torch.where(new.roll(-1, 1), i, x.shape[1]).flip(1).cummin(1).values.flip(1)
-    return torch.empty_like(x).scatter(1, at, (first + last).to(x.dtype) / 2 + 1)
-
-
-def moments(a: Tensor, b: Tensor, there: Tensor) -> Tensor:
-    """What a correlation is made of: sums over the last axis, where there is True. Those of several prompts add up."""
-    a, b = a.masked_fill(~there, 0), b.masked_fill(~there, 0)
-    return torch.stack([x.sum(-1) for x in (there.double(), a, b, a * a, b * b, a * b)], dim=-1)
-
-
-def correlation(sums: Tensor) -> Tensor:
-    """Pearson correlation from moments [..., 6]; NaN where one side is constant (to the rounding of the sums)."""
-    n, a, b, aa, bb, ab = sums.unbind(-1)
-    var_a, var_b = aa - a * a / n, bb - b * b / n
-    varies = (var_a > 1e-12 * aa) & (var_b > 1e-12 * bb)
-    return torch.where(varies, (ab - a * b / n) / (var_a.sqrt() * var_b.sqrt()), torch.nan)
+def compare(
+    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=logit_diff
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The metric [batch] of the original and of the patch run; {node: [batch, layer, pos]}, True where they differ."""
+    check(model, original, patch, answers, nodes, metric)
+    stream, acts = record(model, original, nodes)
+    patch_stream, patch_acts = record(model, patch, nodes)
+    value, patch_value = (read_out(model, x, answers, metric) for x in (stream, patch_stream))
+    return value, patch_value, by_layer(model, nodes, lambda name, key: changed(acts[key], patch_acts[key], name))
 
 
 def pearson(a: Tensor, b: Tensor) -> float:
-    """Pearson correlation of two vectors, in float64; NaN where one of them is constant."""
-    return float(correlation(moments(a.double(), b.double(), torch.ones_like(a, dtype=torch.bool))))
+    """Pearson correlation of all elements of two tensors of one shape, in float64.
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Conservation: how much of the metric's relevance is left at each layer, and what the rest was lost to
-
-
-def conservation(model, tokens: Tensor, answers: Tensor, metric=logit_diff, lrp=True) -> dict:
-    """What the stream keeps of the metric's relevance, and what each block loses, as fractions of the metric.
-
-    A tensor x holds the relevance x . rho. A module loses what its output holds and its input does not. Of that, biases
-    get b . (gradient of b), the modules within lose their own, and what remains is the module's: Attention's is what q and
-    k get in excess (the softmax), MLP's that of activation and gate, Linear's the epsilon-rule's; a block's is "residual".
-
-        {"prompts": .., "metric": mean over them, "kept": [layer + 1], "lost": {kind: [layer + 1]}}
-
-    kept[l] + all lost[..][l] = kept[l + 1]; the last entries are the final stream, and what lies between it and the metric.
-    Not for two-point rules, under which it is (x_patch - x) . rho that is kept.
+    NaN if one of them is constant: if its spread is less than a millionth of its size.
     """
-    parts, came, went = [*model.blocks, model.ln_f], {}, {}
-    modules = [m for part in parts for m in part.modules()]
-    biases = {m: m.bias for m in modules if getattr(m, "bias", None) is not None}
+    if a.shape != b.shape:
+        raise ValueError(f"a and b must have one shape, got {list(a.shape)} and {list(b.shape)}")
+    a, b = a.double().flatten(), b.double().flatten()
+    sizes = a.norm(), b.norm()
+    a, b = a - a.mean(), b - b.mean()
+    constant = any(x.norm() <= 1e-6 * size for x, size in zip((a, b), sizes))
+    return float("nan") if constant else float(a @ b / (a.norm() * b.norm()))
 
-    def before(m, args):
-        x = args[0]  # a tensor has several readers: as a node of its own, it gets what this one sends back
-        came[m] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        return came[m], *args[1:]
 
-    hooks = [m.register_forward_pre_hook(before) for m in modules]
-    hooks += [m.register_forward_hook(lambda m, args, y: went.update({m: y})) for m in modules]
-    needed = {b: b.requires_grad for b in biases.values()}
-    try:
-        for b in needed:
-            b.requires_grad_()
-        with torch.enable_grad():
-            value = read_out(model, model.stream(tokens, lrp), answers, metric, lrp).sum()
-            nodes = [*came.values(), *went.values(), *biases.values()]
-            rho = iter(torch.autograd.grad(value, nodes, materialize_grads=True))
-    finally:
-        for h in hooks:
-            h.remove()
-        for b, before_this in needed.items():
-            b.requires_grad_(before_this)
-    value = float(value.detach()) or math.nan  # of nothing there are no fractions
-    held = lambda x: float((x.detach().cpu().double() * next(rho).cpu().double()).sum()) / value
-    came, went, biases = ({m: held(x) for m, x in them.items()} for them in (came, went, biases))
-
-    lost = {}
-    for layer, part in enumerate(parts):
-        for m in part.modules():
-            own = went[m] - came[m] - biases.get(m, 0.0) - sum(went[child] - came[child] for child in m.children())
-            kind = "residual" if m in parts[:-1] else type(m).__name__
-            for kind, loss in ((kind, own), ("biases", biases.get(m, 0.0))):
-                lost.setdefault(kind, [0.0] * len(parts))[layer] += loss
-    lost["unembedding"] = [0.0] * (len(parts) - 1) + [1 - went[model.ln_f]]
-    return {"prompts": len(tokens), "metric": value / len(tokens), "kept": [came[part] for part in parts], "lost": lost}
+def check(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric) -> None:
+    """ValueError if arguments cannot be what they should be."""
+    for what, tokens in (("original", original), ("patch", patch), ("answers", answers)):
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2:
+            shape = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"{what} must be a tensor of token ids with two axes, [batch, ...], got {shape}")
+    if original.shape != patch.shape:
+        raise ValueError(f"original and patch must have one shape, got {list(original.shape)} and {list(patch.shape)}")
+    if answers.shape != (len(original), 2):
+        raise ValueError(f"answers must have the shape [{len(original)}, 2], got {list(answers.shape)}")
+    if not original.numel() or int(answers.min()) < 0:
+        raise ValueError("there must be a prompt of one token at least, and no token id below 0")
+    if not callable(metric):
+        raise ValueError(f"metric must be a function, such as relp.METRICS['prob_diff'], got {metric!r}")
+    if isinstance(nodes, str):
+        raise ValueError(f"nodes must be a list of names, such as [{nodes!r}], got the string {nodes!r}")
+    if unknown := [name for name in nodes if node_of(name) not in model.nodes]:
+        parts = [name for name, node in PARTS_OF.items() if node in model.nodes]
+        raise ValueError(f"unknown node {unknown[0]!r}: this model has {', '.join((*model.nodes, *parts))}")
