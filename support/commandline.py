@@ -1,0 +1,121 @@
+"""A command line from dataclasses: a field is an option, with its default, its help, and how its text is read."""
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Collection
+from copy import copy
+from dataclasses import Field, field
+
+import numpy as np
+import torch
+
+from models import first_line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # one line, like every other error here
+        raise ValueError(message)
+
+
+def option(default: object, takes: str | None, text: str, read: Callable | None = None, shown: str = "") -> object:
+    """A field of a dataclass of options.
+
+    takes  what stands for its value in the help; None: it is a switch
+    read   makes a value of the text; ValueError if that cannot be
+    shown  the default as the help shows it, if not as it is
+    """
+    metadata = {"takes": takes, "text": text, "read": read, "shown": shown or show(default)}
+    return field(default_factory=lambda: copy(default), metadata=metadata)
+
+
+def show(default: object) -> str:
+    if isinstance(default, list):
+        return ",".join(default)
+    return "" if default is None or default is False else str(default)
+
+
+def instead(options: type, name: str, default: object, shown: str = "") -> object:
+    """The option of this name that `options` has, with another default."""
+    metadata = {**options.__dataclass_fields__[name].metadata, "shown": shown or show(default)}
+    return field(default_factory=lambda: copy(default), metadata=metadata)
+
+
+def names(what: str, allowed: Collection[str], text: str) -> list[str]:
+    given = list(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in given if name not in allowed]:
+        raise ValueError(f"unknown {what} {unknown[0]!r}: choose from {', '.join(allowed)}")
+    return given
+
+
+def one_name(what: str, allowed: Collection[str], text: str) -> str:
+    if text not in allowed:
+        raise ValueError(f"unknown {what} {text!r}: choose from {', '.join(allowed)}")
+    return text
+
+
+def whole(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise ValueError(f"a whole number is needed, got {text!r}") from None
+    if number < 1:
+        raise ValueError(f"must be at least 1, got {number}")
+    return number
+
+
+def read_batch_size(text: str) -> str:
+    if text != "auto" and not re.fullmatch("[1-9][0-9]*", text):
+        raise ValueError(f"must be auto or a positive whole number, got {text!r}")
+    return text
+
+
+def read_thresholds(text: str) -> list[float]:
+    """LOW,HIGH,COUNT as thresholds spaced evenly in their logarithm, rising."""
+    try:
+        low, high, count = text.split(",")
+        low, high, count = float(low), float(high), int(count)
+        if not (0 < low <= high < math.inf and count > 0):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"must be LOW,HIGH,COUNT with 0 < LOW <= HIGH, got {text!r}") from None
+    return [float(t) for t in np.geomspace(low, high, count)]
+
+
+def usable_device(text: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text)
+        torch.zeros(1, device=device).item()  # the meta device can make a tensor, and cannot read it
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {text!r} cannot be used here: {first_line(error)}") from None
+    return device
+
+
+def add_option(parser: Parser, name: str, of_task: dict[str, Field]) -> None:
+    first = next(iter(of_task.values())).metadata
+    text, shown = first["text"], {task: f.metadata["shown"] for task, f in of_task.items()}
+    if len(of_task) == 1:
+        text = f"{next(iter(of_task))} only; {text}"
+    if len(set(shown.values())) > 1:
+        text += f" [{'; '.join(f'{task}: {value}' for task, value in shown.items())}]"
+    elif default := next(iter(shown.values())):
+        text += f" [{default}]"
+    kind = (
+        {"metavar": first["takes"], "type": readable(first["read"] or str)}
+        if first["takes"]
+        else {"action": "store_true"}
+    )
+    kind |= {"nargs": "+"} if name == "model" else {}
+    parser.add_argument(f"--{name.replace('_', '-')}", help=text, **kind)
+
+
+def readable(read: Callable) -> Callable:
+    """A reader whose ValueError argparse shows as it is."""
+
+    def reader(text: str) -> object:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return reader

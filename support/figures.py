@@ -1,0 +1,91 @@
+"""The paper's Figure 2 (heat maps of one model) and Figure 1 (correlations of several). Functions return a Figure."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import relp
+from support.methods import Method
+from support.positions import laid_over, legend, overlay
+from tasks import Pair
+
+COLORS = {
+    "ap": "#222222",
+    "atp": "#9aa0a6",
+    "atp*": "#5f6368",
+    "relp": "#1f6fb4",
+    "twopoint": "#2a9d5c",
+    "ig": "#e08a1e",
+}
+
+
+def heatmaps(
+    title: str, scores: dict, methods: list[Method], nodes: list[str], pairs: list[Pair], metric: str
+) -> Figure:
+    """Mean scores over layer and position: a row per method, AP first; a column per node kind.
+
+    scores: {(method, node): [n, layers, positions, ...]}. Heads are shown by layer and head, the sum over positions;
+    neurons by layer and position, the sum over neurons.
+    """
+    labels, at = overlay(pairs)
+    kinds, n_layers = {}, next(iter(scores.values())).shape[1]
+    for node in nodes:
+        maps = [laid_over(scores[method.name, node], at) for method in methods]
+        ticks, what = labels, "position"
+        if node.startswith("head"):
+            maps = [values.sum(1) for values in maps]
+            ticks, what = range(maps[0].shape[1]), "head, all positions"
+        elif node in relp.PARTS_OF:
+            maps, what = [values.sum(-1) for values in maps], "position, all neurons"
+        kinds[node] = maps, ticks, what
+    widths = [1.2 + 0.22 * len(ticks) for _, ticks, _ in kinds.values()]
+    figure = Figure(figsize=(1.2 + sum(widths), 1.4 + len(methods) * (0.7 + 0.16 * n_layers)), layout="constrained")
+    axes = figure.subplots(len(methods), len(kinds), squeeze=False, sharex="col", sharey=True, width_ratios=widths)
+    for column, (node, (maps, ticks, what)) in zip(axes.T, kinds.items()):
+        scale = maps[:1] if methods[0].name == "ap" else maps  # AP sets the scale: what exceeds it is wrong
+        largest = np.abs(scale).max() or 1.0
+        for ax, method, values in zip(column, methods, maps):
+            image = ax.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", origin="lower")
+            ax.set_title(f"{method.label}, {node}", fontsize=9)
+            ax.set_xticks(range(len(ticks)), ticks, rotation=90 if ticks is labels else 0, fontsize=7)
+            ax.yaxis.get_major_locator().set_params(integer=True)
+        column[-1].set_xlabel(what)
+        figure.colorbar(image, ax=column, extend="both", shrink=0.8)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("layer")
+    shown = int((at >= 0).any(1).sum())
+    figure.suptitle(
+        f"{title}: change of {metric} when a node is patched, mean over {shown} of {len(pairs)} prompt pairs",
+        fontsize=10,
+    )
+    if legend(labels):
+        figure.supxlabel(legend(labels), fontsize=7, x=0.01, ha="left", wrap=True)
+    return figure
+
+
+def correlations(pcc: dict[str, dict], methods: list[Method], nodes: list[str]) -> Figure:
+    """PCC with AP as bars with 95 % intervals: a panel per node kind, the methods side by side for each model.
+
+    pcc: {model: {method: {node: ...}}}, see statistics.agreements.
+    """
+    figure = Figure(figsize=(1.5 + len(nodes) * (1 + 0.5 * len(pcc)), 3.4), layout="constrained")
+    x = np.arange(len(pcc))
+    for ax, node in zip(figure.subplots(1, len(nodes), sharey=True, squeeze=False)[0], nodes):
+        for i, method in enumerate(methods):
+            of_models = [of[method.name][node] for of in pcc.values()]
+            heights = np.array([of["averaged"] for of in of_models])
+            ends = np.array([of["interval"]["averaged"] for of in of_models]).T
+            ax.bar(
+                x + (i - (len(methods) - 1) / 2) * 0.8 / len(methods),
+                heights,
+                0.76 / len(methods),
+                label=method.label,
+                color=COLORS.get(method.name),
+                yerr=np.maximum(0, [heights - ends[0], ends[1] - heights]),  # percentiles may leave the value outside
+                error_kw={"linewidth": 0.8},
+            )
+        ax.set_title(node, fontsize=10)
+        ax.set_xticks(x, list(pcc), rotation=35, ha="right", fontsize=8)
+        ax.axhline(0, color="black", linewidth=0.6)
+    figure.axes[0].set_ylabel("PCC with activation patching")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure

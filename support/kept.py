@@ -1,0 +1,97 @@
+"""AP is slow: its finished parts are kept in files, so that a run that was stopped can continue."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from support.processes import gathered, rank, say
+from support.results import Earlier, save
+from support.scoring import Batch, patch_all
+
+
+class KeptPatching:
+    """AP of all nodes for scoring.score_pairs: finished positions of a batch are kept in `folder` and taken from there.
+
+    what     all that AP's numbers depend on beside the batch, in a form that JSON can hold: kept positions of other
+             runs are not taken. The metric's values on the batch stand for the weights, which all influence them.
+    earlier  a finished run whose AP is taken as it is, if it was of the same model
+
+    seconds_before is the time that went into what was taken.
+    """
+
+    def __init__(self, folder: Path, what: list, earlier: Earlier | None = None):
+        self.folder, self.what, self.earlier = folder, what, earlier
+        self.files, self.seconds_before = [], 0.0
+
+    def __call__(self, model, batch: Batch, nodes: list[str], metric: Callable, **how) -> dict:
+        finished = self.earlier.of_method("ap", nodes) if self.earlier else {}
+        if finished and self.earlier.same_model(batch.values.cpu().numpy(), batch.pair_numbers):
+            self.seconds_before = self.earlier.seconds("ap")
+            n_pos = batch.tokens[0].shape[1]
+            return {node: torch.from_numpy(a[batch.pair_numbers][:, :, :n_pos]) for (_, node), a in finished.items()}
+        what = [x.tolist() for x in (*batch.tokens, batch.values)] + [self.what, torch.__version__]
+        name = f"unfinished-{rank()}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.npz"
+        path = self.folder / name
+        if not self.files:
+            drop_others(self.folder, path)
+        self.files.append(path)
+        pieces = Pieces(path, batch.tokens[0].device)
+        self.seconds_before += pieces.seconds_before
+        if how["lockstep"]:  # all processes go on from the first position that one of them has not finished
+            for pos in sorted(pieces)[min(gathered(len(pieces))) :]:
+                del pieces[pos]
+        return patch_all(model, batch, nodes, metric, pieces=pieces, **how)
+
+    def remove(self) -> None:
+        """Remove the files, when all that they hold is in the results."""
+        for path in self.files:
+            path.unlink(missing_ok=True)
+
+
+def drop_others(folder: Path, mine: Path) -> None:
+    """Remove what an unfinished run with other arguments has kept, and say so.
+
+    mine: the file of this run's first batch. If it exists, the others are of this run's next batches.
+    """
+    others = [] if mine.exists() else list(folder.glob(f"unfinished-{rank()}-*.npz"))
+    if others:
+        say("  an unfinished run with other arguments is dropped: AP starts afresh")
+    for file in others:
+        file.unlink()
+
+
+class Pieces(dict):
+    """AP's finished positions of one batch, {pos: {(node, layer): effects}}. A position is written when it is set."""
+
+    def __init__(self, path: Path, device: torch.device):
+        super().__init__()
+        self.path, self.seconds_before, self.began = path, 0.0, time.perf_counter()
+        if not path.exists():
+            return
+        try:
+            with np.load(path) as file:
+                finished, seconds = {}, float(file["seconds"])
+                for key in file.keys() - {"seconds"}:
+                    pos, node, layer = key.split("-")
+                    finished.setdefault(int(pos), {})[node, int(layer)] = torch.from_numpy(file[key]).to(device)
+        except Exception:  # a damaged file can run into anything
+            say("  an unfinished run was kept in a damaged file: AP starts afresh")
+            return
+        self.update(finished)
+        self.seconds_before = seconds
+        say(f"  AP goes on with an unfinished run: {len(self)} positions of this batch are done")
+
+    def __setitem__(self, pos: int, effects: dict) -> None:
+        super().__setitem__(pos, effects)
+        arrays = {
+            f"{pos}-{node}-{layer}": value.cpu().numpy()
+            for pos, of_pos in self.items()
+            for (node, layer), value in of_pos.items()
+        }
+        seconds = self.seconds_before + time.perf_counter() - self.began
+        save(self.path, lambda file: np.savez(file, seconds=seconds, **arrays))

@@ -1,0 +1,241 @@
+"""The files of a run: where they go, how they are written, and what an earlier run has left there."""
+
+import json
+import math
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models import Rules
+from support.processes import say
+from support.scoring import Scores
+from support.statistics import Estimate
+from tasks import Pair
+
+
+def slug(name: str) -> str:
+    """A model's name, repository or directory as the name of a folder."""
+    path = Path(name)
+    return re.sub(r"[^\w.-]+", "-", path.resolve().name if path.is_dir() else name)
+
+
+def folder_of(out: str, model: str, prompts: str | None, task: str, tasks: list[str]) -> Path:
+    """The folder of a model's results, made if need be: <model>-<task>, or <model>-<name of the prompts' file>."""
+    source = task
+    if prompts:
+        source = slug(Path(prompts).stem)
+        if source in tasks:  # ioi.jsonl is not the task's own prompts
+            source = slug(Path(prompts).name)
+    folder = Path(out) / f"{slug(model)}-{source}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_writable(out: str) -> None:
+    """ValueError if results cannot be written there: better asked now than after the work."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"cannot write results to {out}: {error.strerror}") from None
+
+
+def save(path: Path, write: Callable) -> None:
+    """write(file) into a new file that then takes the place of `path`: a reader finds the old or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path: Path, content: dict) -> None:
+    text = json.dumps(without_nan(content), indent=1)
+    save(path, lambda file: file.write(text.encode()))
+
+
+def save_figure(path: Path, figure, dpi: int = 130) -> None:
+    save(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+
+
+def without_nan(value: object) -> object:
+    """JSON has no NaN: None in its place."""
+    if isinstance(value, dict):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rules_json(rules: Rules) -> dict:
+    """All rules that there are, whichever class they are of."""
+    return {"temperature": None, "two_point": []} | {name: on for name, on in vars(rules).items() if name != "notes"}
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# summary.json
+
+
+@dataclass
+class NodeReport:
+    """What a run of the node experiment has found for one model; as_json() is summary.json."""
+
+    model: str
+    prompt_pairs: int
+    metric: str
+    accuracy: dict[str, Estimate]  # of the "original" and the "patch" run
+    value: dict[str, Estimate]  # the metric's mean, likewise
+    cells: dict[str, dict[str, int]]  # by node: how many there are, and in how many the two runs agree
+    pcc: dict  # this and the next: see statistics.agreements
+    differences: dict
+    rules: dict  # RelP's
+    audit: dict  # by method
+    conservation: dict | None  # of RelP
+    rounding: float  # how far rounding moves the metric: see scoring.rounding
+    seconds: dict[str, float]  # by method
+    arguments: dict
+    versions: dict
+
+    def as_json(self) -> dict:
+        items = vars(self).items()
+        return {self.metric if name == "value" else name: value for name, value in items if name != "metric"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scores.npz
+
+
+def prompt_arrays(pairs: list[Pair]) -> dict[str, np.ndarray]:
+    """The prompts in the order of the scores; token ids padded with -1."""
+    longest = max(len(p.original) for p in pairs)
+
+    def padded(rows) -> np.ndarray:
+        return np.array([list(row) + [-1] * (longest - len(row)) for row in rows])
+
+    return {
+        "lengths": np.array([len(p.original) for p in pairs]),
+        "original_tokens": padded([p.original for p in pairs]),
+        "patch_tokens": padded([p.patch for p in pairs]),
+        "answers": np.array([p.answers for p in pairs]),
+    }
+
+
+@dataclass
+class Earlier:
+    """What a run on the same prompts has left in a folder: the arrays of scores.npz, and summary.json.
+
+    Arrays of a method are dropped if that run had another value of the option that the method depends on.
+    """
+
+    arrays: dict[str, np.ndarray]
+    summary: dict
+
+    def of_method(self, method: str, nodes: list[str]) -> dict[tuple[str, str], np.ndarray]:
+        """{(method, node): scores}, if they are there for all of these nodes."""
+        arrays = {
+            (method, node): self.arrays[f"{method}_{node}"] for node in nodes if f"{method}_{node}" in self.arrays
+        }
+        return arrays if len(arrays) == len(nodes) else {}
+
+    def seconds(self, method: str) -> float:
+        seconds = (self.summary.get("seconds") or {}).get(method)
+        return math.nan if seconds is None else seconds
+
+    def same_model(self, values: np.ndarray, pair_numbers: list[int] | slice = slice(None)) -> bool:
+        """Was that run of the same weights and metric? The metric's values tell, which every weight influences.
+
+        They may differ by rounding: of another batch size, say.
+        """
+        theirs = self.arrays.get("values")
+        if theirs is None or theirs.dtype != values.dtype or theirs[pair_numbers].shape != values.shape:
+            return False
+        off = np.abs(theirs[pair_numbers] - values).max()
+        return bool(off <= np.finfo(values.dtype).eps ** 0.5 * np.abs(values).max())
+
+    def add_to(self, scores: Scores) -> list[str]:
+        """Add the methods that this earlier run has scored on all of these nodes, and the new one has not.
+
+        Returns their names.
+        """
+        nodes, there, added = list(scores.differs), {name for name, _ in scores.scores}, []
+        for method in dict.fromkeys(key.partition("_")[0] for key in self.arrays):
+            arrays = self.of_method(method, nodes)
+            if (
+                method not in there
+                and arrays
+                and all(a.shape == scores.differs[n].shape for (_, n), a in arrays.items())
+            ):
+                scores.scores |= arrays
+                scores.seconds[method] = self.seconds(method)
+                added.append(method)
+        return added
+
+
+# The option that a method's scores depend on; for the others, the name says all.
+DEPENDS_ON = {"relp": "rules", "ig": "steps"}
+
+
+def earlier_run(folder: Path, pairs: list[Pair], arguments: dict) -> Earlier | None:
+    """The run that has written into this folder, if it was on the same prompts. Says what the new run will replace.
+
+    arguments: of the new run, as summary.json will have them.
+    """
+    arrays, summary = read_npz(folder / "scores.npz"), read_summary(folder / "summary.json")
+    if not arrays:
+        return None
+    if not all(np.array_equal(arrays.get(key), value) for key, value in prompt_arrays(pairs).items()):
+        say(f"  {folder} holds the results of a run on other prompts: this run replaces them")
+        return None
+    given = summary.get("arguments")
+    given = given if isinstance(given, dict) and given.get("task") == arguments["task"] else {}
+    other = ("dtype", "metric")
+    if any(given.get(option) != arguments[option] for option in other):
+        say(f"  {folder} holds the results of a run with another {' or '.join(other)}: this run replaces them")
+        return None
+    for method, option in DEPENDS_ON.items():
+        of_method = [key for key in arrays if key.partition("_")[0] == method]
+        if of_method and given.get(option) != arguments[option]:
+            say(f"  {folder} holds scores of {method} with other {option}: this run drops them")
+            for key in of_method:
+                del arrays[key]
+    return Earlier(arrays, summary)
+
+
+def if_same_model(earlier: Earlier | None, scores: Scores, folder: Path) -> Earlier | None:
+    """The earlier run, if it was of the same model. Says so if it was not."""
+    if earlier is None or earlier.same_model(scores.values):
+        return earlier
+    say(f"  {folder} holds the results of a run of other weights: this run replaces them")
+    return None
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, or nothing if there is none that can be read."""
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except Exception:  # a damaged file can run into anything
+        return {}
+
+
+def read_summary(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
