@@ -1,0 +1,1 @@
+"""What the paper does not have. README.md has a line per file, and the findings."""

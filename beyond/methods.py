@@ -1,0 +1,81 @@
+"""The methods and the sets of rules that the command knows by name."""
+
+import math
+from dataclasses import dataclass
+
+from beyond import atp_star
+from beyond.temperature import Temperature
+from beyond.twopoint import ROWS, TWO_POINT, TwoPoint
+from models import Rules
+from support.methods import AP, ATP, Method
+
+NAMES = ("ap", "atp", "atp*", "relp", "twopoint", "ig")
+FLAGS = ("ln", "identity", "half", "ah")
+NUMBERS = ("epsilon", "gamma", "temperature")
+
+
+def method(name: str, family: str = "", rules: str = "paper", steps: int = 10) -> Method:
+    """The method of this name for a model of this family: one of NAMES, or rules joined by +, such as ln+ah.
+
+    rules, steps: of relp and ig. ValueError if the name is unknown.
+    """
+    match name:
+        case "ap":
+            return AP
+        case "atp":
+            return ATP
+        case "atp*":
+            return Method(name, "AtP*", attribute=atp_star.attribute)
+        case "relp":
+            return Method(name, "RelP" if rules == "paper" else f"RelP, {rules}", parse_rules(rules))
+        case "twopoint":
+            return Method(name, "two-point", TWO_POINT.get(family))
+        case "ig":
+            return Method(name, "IG", steps=steps)
+    try:
+        return Method(name, name, parse_rules(name.replace("+", ",")))
+    except ValueError:
+        known = ", ".join(NAMES)
+        raise ValueError(f"unknown method {name!r}: choose from {known}, or rules joined by +, such as ln+ah") from None
+
+
+@dataclass(frozen=True)
+class TwoPointTemperature(TwoPoint, Temperature):
+    """Two-point rows, and a temperature for the softmax."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if "attention" in self.two_point:
+            raise ValueError("temperature and attention2 both say what the softmax passes back: choose one")
+
+
+def parse_rules(text: str) -> bool | Rules:
+    """True for "paper", Rules() for "none", else the rules that are named, separated by commas; ln2 is two-point ln."""
+    if text in ("paper", "none"):
+        return True if text == "paper" else Rules()
+    fields, two_point = {}, []
+    for item in text.split(","):
+        name, given, value = item.partition("=")
+        if name in FLAGS and not given:
+            fields[name] = True
+        elif name.endswith("2") and name[:-1] in ROWS and not given:
+            two_point.append(name[:-1])
+        elif name in NUMBERS:
+            fields[name] = parse_number(name, value)
+        else:
+            known = ", ".join([*FLAGS, *(f"{name}=X" for name in NUMBERS), *(f"{row}2" for row in ROWS)])
+            raise ValueError(f"unknown rule {item!r}: choose paper, none, or from {known}")
+    if two_point:
+        fields["two_point"] = tuple(two_point)
+        return TwoPointTemperature(**fields) if "temperature" in fields else TwoPoint(**fields)
+    return Temperature(**fields) if "temperature" in fields else Rules(**fields)
+
+
+def parse_number(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"rule {name} needs a number, as in {name}=0.01, got {f'{name}={text}'!r}") from None
+    if not 0 < value < math.inf:
+        raise ValueError(f"rule {name} needs a positive number, got {f'{name}={text}'!r}")
+    return value
