@@ -29,7 +29,7 @@ import tasks
 from beyond import conservation
 from beyond import grid as grids
 from beyond.audit import audit, print_audits
-from beyond.methods import NAMES, method, parse_rules
+from beyond.methods import NAMES, is_method, method, parse_rules
 from beyond.verify import print_verified, verify
 from support import circuit_figures, circuit_tables, circuits, figures, processes, results, scoring, statistics, tables
 from support.commandline import (
@@ -80,7 +80,7 @@ TABLE_5 = {  # paper, Appendix B: PCC with AP of AtP and RelP, on 100 IOI prompt
 def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device) -> results.NodeReport:
     """The experiment on one model: scores by all methods, how well they agree with AP's, files, figure and table."""
     # the model, and the prompt pairs
-    began = time.perf_counter()
+    started, began = time.time(), time.perf_counter()
     shard = partial(processes.shard_weights, device=device) if o.shard else None
     model = models.from_pretrained(name, DTYPES[o.dtype], device, shard)
     processes.choose_threads(model.config.d_model)
@@ -103,12 +103,12 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device) -> results
     scored = score(methods, run_ap=run_ap)
     if run_ap.seconds_before:
         scored.seconds["ap"] += run_ap.seconds_before
-        say("  AP's seconds include those of the earlier runs that this one continues")
+        say("  AP's seconds include those of earlier runs")
     earlier = results.if_same_model(earlier, scored, folder)
     if earlier:  # methods that only the earlier run has scored are added to the tables and files
-        added = earlier.add_to(scored)
+        added = earlier.add_to(scored, is_method)
         methods += [method(m, model.config.family, o.rules, o.steps) for m in added]
-        audits |= {m: report for m, report in earlier.summary.get("audit", {}).items() if m in added}
+        audits |= {m: earlier.said("audit", m) for m in added if earlier.said("audit", m)}
         conserved = earlier.summary.get("conservation") if "relp" in added else conserved
     methods = in_order(methods)
 
@@ -146,6 +146,7 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device) -> results
         arrays = arrays | {f"{m}_{node}": value for (m, node), value in scored.scores.items()}
         arrays |= {"values": scored.values, **results.prompt_arrays(pairs)}
         results.save(folder / "scores.npz", lambda file: np.savez_compressed(file, **arrays))
+        report.scores_npz = results.fingerprint(folder / "scores.npz")
         results.save_json(folder / "summary.json", report.as_json())
         if not o.no_plot:
             maps = figures.heatmaps(name, scored.scores, methods, o.nodes, pairs, o.metric)
@@ -175,6 +176,8 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device) -> results
         if processes.rank() == 0:
             results.save_json(folder / "verified.json", vars(verified))
             print_verified(verified, methods)
+    if not earlier and processes.rank() == 0:
+        results.remove_figures(folder, since=started)
     say(f"  written to {folder}/")
     processes.wait_for_all()
     run_ap.remove()
@@ -405,9 +408,10 @@ def judge(
                     of_circuit, of_rest = run(circuit), run(rest)
                 sizes.append(size), inside.append(of_circuit), outside.append(of_rest)
             if not sizes[0] and name == "features":
+                label, lowest = method(m, rules=o.rules).label, f"the lowest threshold, {thresholds[0]:.3g}"
+                share = f"({o.thresholds[0]:.3g} of the total effect)"
                 raise ValueError(
-                    f"{structure}: no unit's score by {m} exceeds the lowest threshold, {thresholds[0]:.3g} "
-                    f"({o.thresholds[0]:.3g} of the total effect): choose lower --thresholds"
+                    f"{structure}: no unit's {label} score exceeds {lowest} {share}: choose lower --thresholds"
                 )
             metrics = (x.cpu().double() for x in (torch.stack(inside), torch.stack(outside), empty))
             runs[name][m] = circuits.Runs(sizes, *metrics)

@@ -184,7 +184,7 @@ def patch_one_by_one(
                 x[place] = patch_acts[key][place]
             return x
 
-        hook.nodes = (key[0],)
+        hook.nodes = {node_of(name) for name in nodes}  # those of the patch run, so that both runs round alike
         return read_out(model, model.stream(original, hook=hook), answers, metric)
 
     def effects_of_node(name, key):
@@ -222,7 +222,7 @@ def coefficients(
     stream, acts = record(model, tokens, nodes, lrp, True, replace)
     with torch.enable_grad():
         value = read_out(model, stream, answers, metric, lrp).sum()  # prompts do not mix: one backward is enough
-    rho = torch.autograd.grad(value, list(acts.values()), materialize_grads=True)
+    rho = torch.autograd.grad(value, list(acts.values()), materialize_grads=True) if acts else ()
     return acts, dict(zip(acts, rho))
 
 
@@ -502,6 +502,8 @@ def effects(
     progress  progress(fraction) is called as the work proceeds
     lockstep  run all cells, changed or not: processes that share weights must make the same calls
     """
+    if not edits:
+        return {}
     pieces = {} if pieces is None else pieces
     counts = [sum(int(to_run(run, e, pos, lockstep).sum()) for e in edits.values()) for pos in range(run.n_pos)]
     work = torch.tensor(counts) * torch.arange(run.n_pos, 0, -1)  # a resumed run computes the positions from pos on
@@ -582,7 +584,8 @@ def resume(
         # a recorded pattern has all keys, this run those up to pos
         return new[..., : y.shape[-1]] if name == node else y
 
-    hook.nodes = ("k", "v", node)
+    # if the original run has shown its pattern, this one does too, so that both round alike
+    hook.nodes = {"k", "v", node} | ({"pattern"} if ("pattern", layer) in run.acts else set())
     return run.model.block(layer, x, hook=hook, start=pos, last=last)
 
 
@@ -693,8 +696,10 @@ def check(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric
         raise ValueError(f"original and patch must have one shape, got {list(original.shape)} and {list(patch.shape)}")
     if answers.shape != (len(original), 2):
         raise ValueError(f"answers must have the shape [{len(original)}, 2], got {list(answers.shape)}")
-    if not original.numel() or int(answers.min()) < 0:
-        raise ValueError("there must be a prompt of one token at least, and no token id below 0")
+    if not original.numel():
+        raise ValueError(f"there must be a prompt of one token at least, got {list(original.shape)}")
+    if int(answers.min()) < 0:
+        raise ValueError(f"answers must be token ids from 0 on, got {int(answers.min())}")
     if not callable(metric):
         raise ValueError(f"metric must be a function, such as relp.METRICS['prob_diff'], got {metric!r}")
     if isinstance(nodes, str):

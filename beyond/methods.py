@@ -39,6 +39,13 @@ def method(name: str, family: str = "", rules: str = "paper", steps: int = 10) -
         raise ValueError(f"unknown method {name!r}: choose from {known}, or rules joined by +, such as ln+ah") from None
 
 
+def is_method(name: str) -> bool:
+    try:
+        return bool(method(name))
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class TwoPointTemperature(TwoPoint, Temperature):
     """Two-point rows, and a temperature for the softmax."""

@@ -1,5 +1,6 @@
 """The files of a run: where they go, how they are written, and what an earlier run has left there."""
 
+import hashlib
 import json
 import math
 import os
@@ -110,6 +111,7 @@ class NodeReport:
     seconds: dict[str, float]  # by method
     arguments: dict
     versions: dict
+    scores_npz: str = ""  # the fingerprint of the file beside it
 
     def as_json(self) -> dict:
         items = vars(self).items()
@@ -152,9 +154,14 @@ class Earlier:
         }
         return arrays if len(arrays) == len(nodes) else {}
 
+    def said(self, what: str, method: str) -> object:
+        """What summary.json has under `what` for a method, or None."""
+        of_methods = self.summary.get(what)
+        return of_methods.get(method) if isinstance(of_methods, dict) else None
+
     def seconds(self, method: str) -> float:
-        seconds = (self.summary.get("seconds") or {}).get(method)
-        return math.nan if seconds is None else seconds
+        seconds = self.said("seconds", method)
+        return seconds if isinstance(seconds, float) else math.nan
 
     def same_model(self, values: np.ndarray, pair_numbers: list[int] | slice = slice(None)) -> bool:
         """Was that run of the same weights and metric? The metric's values tell, which every weight influences.
@@ -167,19 +174,16 @@ class Earlier:
         off = np.abs(theirs[pair_numbers] - values).max()
         return bool(off <= np.finfo(values.dtype).eps ** 0.5 * np.abs(values).max())
 
-    def add_to(self, scores: Scores) -> list[str]:
+    def add_to(self, scores: Scores, is_method: Callable) -> list[str]:
         """Add the methods that this earlier run has scored on all of these nodes, and the new one has not.
 
-        Returns their names.
+        is_method(name): is there a method of this name? Returns the names of those that were added.
         """
         nodes, there, added = list(scores.differs), {name for name, _ in scores.scores}, []
         for method in dict.fromkeys(key.partition("_")[0] for key in self.arrays):
             arrays = self.of_method(method, nodes)
-            if (
-                method not in there
-                and arrays
-                and all(a.shape == scores.differs[n].shape for (_, n), a in arrays.items())
-            ):
+            fit = all(array.shape == scores.differs[node].shape for (_, node), array in arrays.items())
+            if arrays and fit and method not in there and is_method(method):
                 scores.scores |= arrays
                 scores.seconds[method] = self.seconds(method)
                 added.append(method)
@@ -201,12 +205,14 @@ def earlier_run(folder: Path, pairs: list[Pair], arguments: dict) -> Earlier | N
     if not all(np.array_equal(arrays.get(key), value) for key, value in prompt_arrays(pairs).items()):
         say(f"  {folder} holds the results of a run on other prompts: this run replaces them")
         return None
+    if summary.get("scores_npz") != fingerprint(folder / "scores.npz"):
+        summary = {}  # it is of another run, whose scores could not be written, or those of the next one were
     given = summary.get("arguments")
-    given = given if isinstance(given, dict) and given.get("task") == arguments["task"] else {}
-    other = ("dtype", "metric")
-    if any(given.get(option) != arguments[option] for option in other):
-        say(f"  {folder} holds the results of a run with another {' or '.join(other)}: this run replaces them")
-        return None
+    given = given if isinstance(given, dict) else {}
+    for option in ("dtype", "metric"):
+        if given.get(option, arguments[option]) != arguments[option]:
+            say(f"  {folder} holds the results of a run with another {option}: this run replaces them")
+            return None
     for method, option in DEPENDS_ON.items():
         of_method = [key for key in arrays if key.partition("_")[0] == method]
         if of_method and given.get(option) != arguments[option]:
@@ -222,6 +228,18 @@ def if_same_model(earlier: Earlier | None, scores: Scores, folder: Path) -> Earl
         return earlier
     say(f"  {folder} holds the results of a run of other weights: this run replaces them")
     return None
+
+
+def fingerprint(path: Path) -> str:
+    """By which summary.json names the scores.npz that it belongs to."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def remove_figures(folder: Path, since: float) -> None:
+    """Remove what is of another run than scores.npz: all that is older than the time `since`."""
+    for name in ("heatmaps.png", "conservation.png", "grid.json", "verified.json"):
+        if (folder / name).exists() and (folder / name).stat().st_mtime < since:
+            (folder / name).unlink()
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
