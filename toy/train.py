@@ -17,23 +17,24 @@ import random
 import re
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is a folder of scripts, not a package
+from models import Config, Transformer, from_pretrained, to_checkpoint
+from tasks import NAMES, OBJECTS, PLACES
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the repository is a folder of scripts, not an installed package
 
-from models import Config, Transformer, from_pretrained, to_checkpoint  # noqa: E402
-from tasks import NAMES, OBJECTS, PLACES  # noqa: E402
-
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Words. Each is one token, with its space.
 
 
-def first_words(words, n):
+def first_words(words: list[str], n: int) -> list[str]:
     """The first `n` words that do not extend another one ("Steven" extends "Steve").
 
     The tokenizer below makes every beginning of a word a token. "Steve" would become a token that the model has
@@ -51,12 +52,19 @@ adverbs = "often really always usually never".split()  # "The managers often lik
 manners = "quickly slowly finally kindly then".split()  # "Mary slowly went to ..."
 times = ["in the morning", "at noon", "yesterday", "last week", "with the others"]
 prepositions = ["near", "behind", "beside", "with", "by"]
-openers = [("Then,", "."), ("When,", "."), ("After", ","), ("When", ","), ("Yesterday,", "."), ("Later", ","),
-           ("So", ".")]  # each with what ends its clause
+openers = [  # each with what ends its clause
+    ("Then,", "."),
+    ("When,", "."),
+    ("After", ","),
+    ("When", ","),
+    ("Yesterday,", "."),
+    ("Later", ","),
+    ("So", "."),
+]
 AUXILIARIES = [("has", "have"), ("is", "are"), ("does", "do")]  # (singular, plural)
 
 
-def plural(noun):
+def plural(noun: str) -> str:
     return noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
 
 
@@ -67,7 +75,7 @@ EOT = "<|endoftext|>"
 PIECE = re.compile(r"<\|endoftext\|>| ?[A-Za-z]+|[.,]")  # what GPT-2's pattern does to text of this language
 
 
-def all_words():
+def all_words() -> list[str]:
     """Every token that the corpus uses, without the punctuation (which consists of single bytes)."""
     inside = "and to the a went met at were was had gave handed sent thanked that not".split()
     inside += names + places + objects + adjectives + adverbs + manners + prepositions
@@ -78,18 +86,18 @@ def all_words():
     return sorted({" " + word for word in inside}) + sorted(set(initial))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 
 
-def byte_characters():
+def byte_characters() -> dict[int, str]:
     """GPT-2's printable stand-in for each of the 256 bytes, in the order of GPT-2's vocabulary ("Ġ" is the space)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def make_tokenizer():
+def make_tokenizer() -> dict:
     """A byte-level BPE tokenizer.json (as a dict) in which every word of the language is one token.
 
     A word is built from its beginning: "Ġs", "Ġst", "Ġsto", "Ġstor", "Ġstore". In a word with a space only such
@@ -106,13 +114,37 @@ def make_tokenizer():
                 vocab.append(word[: i + 1])
                 merges.append(f"{word[:i]} {word[i]}")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    special = {"id": len(vocab), "content": EOT, "single_word": False, "lstrip": False, "rstrip": False,
-               "normalized": False, "special": True}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-             "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
-             "vocab": {token: i for i, token in enumerate(vocab)} | {EOT: len(vocab)}, "merges": merges}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,
-            "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": model}
+    special = {
+        "id": len(vocab),
+        "content": EOT,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "vocab": {token: i for i, token in enumerate(vocab)} | {EOT: len(vocab)},
+        "merges": merges,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [special],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": model,
+    }
 
 
 TOKENIZER = make_tokenizer()
@@ -120,16 +152,16 @@ VOCAB = {token.replace("Ġ", " "): i for token, i in TOKENIZER["model"]["vocab"]
 assert not {" " + word for word in NAMES + PLACES + OBJECTS} & VOCAB.keys() - set(all_words()), "an unlearned token"
 
 
-def encode(text):
+def encode(text: str) -> list[int]:
     """Token ids of a text of this language (a word that it does not have is a KeyError)."""
     return [VOCAB[piece] for piece in PIECE.findall(text)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Corpus
 
 
-def pair(rng, first, second, held_out=False):
+def pair(rng: random.Random, first: list, second: list, held_out: bool = False) -> tuple:
     """One word of each list, of different index if it is one list; 1 combination in 8 is held out."""
     while True:
         i, j = rng.randrange(len(first)), rng.randrange(len(second))
@@ -137,20 +169,24 @@ def pair(rng, first, second, held_out=False):
             return first[i], second[j]
 
 
-def maybe(rng, words, p=0.2):
+def maybe(rng: random.Random, words: list[str], p: float = 0.2) -> str:
     """A filler word (with its space) or nothing."""
     return " " + rng.choice(words) if rng.random() < p else ""
 
 
-def distractor(rng, exclude=()):
+def distractor(rng: random.Random, exclude: Collection[str] = ()) -> str:
     """A sentence about somebody else: its name is also mentioned once, and is never the answer."""
     name = rng.choice([n for n in names if n not in exclude])
-    end = rng.choice([f"was at the{maybe(rng, adjectives)} {rng.choice(places)}",
-                      f"had a{maybe(rng, adjectives)} {rng.choice(objects)}", f"was {rng.choice(adjectives)}"])
+    ends = [
+        f"was at the{maybe(rng, adjectives)} {rng.choice(places)}",
+        f"had a{maybe(rng, adjectives)} {rng.choice(objects)}",
+        f"was {rng.choice(adjectives)}",
+    ]
+    end = rng.choice(ends)
     return f"{name}{maybe(rng, manners)} {end}{maybe(rng, times)}."
 
 
-def ioi(rng):
+def ioi(rng: random.Random) -> str:
     """The paper's templates, both name orders, with fillers: "Then, Mary and John went to ..." """
     (a, b), (place, obj) = pair(rng, names, names), pair(rng, places, objects)
     x, y = rng.sample([a, b], 2)
@@ -162,13 +198,18 @@ def ioi(rng):
         text += " " + distractor(rng, (a, b))
     gave = rng.choice(["gave", "gave", "handed", "sent"])
     text += f" {b}{maybe(rng, manners)} {gave} a{maybe(rng, adjectives)} {obj} to {a}{maybe(rng, times)}."
-    # more practice in naming the other one of the two: it makes the task quicker to discover
+    # more practice in naming the other one of the two: the models discover the task sooner
     after = ["", f" {a}{maybe(rng, manners)} thanked {b}.", f" {a} gave a {obj} to {b}."]
     return text + rng.choice(after)
 
 
-def subject(rng, kind, number, other, held_out=False, filler=0.2):
-    """A subject up to its verb: ("simple" | "within_rc" | "across_rc" | "across_pp"; numbers 0 singular, 1 plural)."""
+def subject(rng: random.Random, kind: str, number: int, other: int, held_out: bool = False, filler: float = 0.2) -> str:
+    """A sentence up to its verb.
+
+    kind    simple, within_rc, across_rc or across_pp
+    number  of the first noun, 0 singular and 1 plural; other: of the second noun
+    filler  how probable each optional word is
+    """
     first, second = pair(rng, NOUNS, NOUNS, held_out)
     text = f"The{maybe(rng, adjectives, filler)} {first[number]}"
     the_other = f"the{maybe(rng, adjectives, filler)} {second[other]}"
@@ -181,18 +222,23 @@ def subject(rng, kind, number, other, held_out=False, filler=0.2):
     return text + maybe(rng, adverbs, filler)
 
 
-def agreement(rng):
+def agreement(rng: random.Random) -> str:
     """A sentence whose verb agrees with its subject, whatever noun comes between them."""
     number, other = rng.randrange(2), rng.randrange(2)
     has, is_, does = (forms[number] for forms in AUXILIARIES)
     verb, base = rng.choice(VERBS)[number], rng.choice(VERBS)[1]
-    predicate = rng.choice([f"{verb} {rng.choice(names)}", f"{has} a{maybe(rng, adjectives)} {rng.choice(objects)}",
-                            f"{is_} {rng.choice(adjectives)}", f"{does} not {base} {rng.choice(names)}"])
+    predicates = [
+        f"{verb} {rng.choice(names)}",
+        f"{has} a{maybe(rng, adjectives)} {rng.choice(objects)}",
+        f"{is_} {rng.choice(adjectives)}",
+        f"{does} not {base} {rng.choice(names)}",
+    ]
+    predicate = rng.choice(predicates)
     kind = rng.choice(["simple", "across_rc", "across_rc", "across_pp"])
     return f"{subject(rng, kind, number, other)} {predicate}{maybe(rng, times)}."
 
 
-def training_rows(rng, n_rows, length):
+def training_rows(rng: random.Random, n_rows: int, length: int) -> torch.Tensor:
     """Token ids [n_rows, length]: a BOS and then as many sentences as fit (the last one is cut)."""
     rows = []
     for _ in range(n_rows):
@@ -204,15 +250,17 @@ def training_rows(rng, n_rows, length):
     return torch.tensor(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Accuracy on what was held out
 
-TEMPLATES = {"1": "Then, {} and {} went to the {}. {} gave a {} to",
-             "2": "When, {} and {} went to the {}. {} gave a {} to",
-             "3": "After {} and {} went to the {}, {} gave a {} to"}
+TEMPLATES = {
+    "1": "Then, {} and {} went to the {}. {} gave a {} to",
+    "2": "When, {} and {} went to the {}. {} gave a {} to",
+    "3": "After {} and {} went to the {}, {} gave a {} to",
+}
 
 
-def held_out_prompts(n, seed=12345):
+def held_out_prompts(n: int, seed: int = 12345) -> dict[str, list[tuple]]:
     """{test: list of (token ids, right token, wrong tokens)}, `n` prompts each, the same for every model.
 
     IOI: the right name must beat all the other names. Agreement: the right form must beat the other form, for a
@@ -239,7 +287,7 @@ def held_out_prompts(n, seed=12345):
 
 
 @torch.no_grad()
-def accuracies(model, tests):
+def accuracies(model: Transformer, tests: dict[str, list[tuple]]) -> dict[str, float]:
     """{test: fraction right}. The prompts of a test have one length, so that they make one batch."""
     result = {}
     for name, examples in tests.items():
@@ -250,72 +298,122 @@ def accuracies(model, tests):
     return result
 
 
-def passes(accuracy):
+def passes(accuracy: dict[str, float]) -> bool:
     """The bar, fixed before any training: IOI > 97 % for every template and order, every agreement type > 95 %."""
     return all(value > (0.97 if name.startswith("ioi") else 0.95) for name, value in accuracy.items())
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Models and training
 
 CONTEXT = 64  # tokens in a long training row, and the number of positions that GPT-2 learns
 # A step takes short rows, where only two names compete and copying them is easy to discover, or long ones, where a
 # sentence can stand anywhere and follow any other.
 ROWS = [(96, 24), (96, 24), (32, CONTEXT)]  # (rows, tokens in each)
-SHARED = {"vocab_size": len(VOCAB), "bos_token_id": VOCAB[EOT], "eos_token_id": VOCAB[EOT], "torch_dtype": "float16",
-          "initializer_range": 0.02}
-LLAMA_LIKE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "intermediate_size": 344, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-6,
-              "rope_theta": 10000.0, "tie_word_embeddings": True, "attention_dropout": 0.0}
+SHARED = {
+    "vocab_size": len(VOCAB),
+    "bos_token_id": VOCAB[EOT],
+    "eos_token_id": VOCAB[EOT],
+    "torch_dtype": "float16",
+    "initializer_range": 0.02,
+}
+LLAMA_LIKE = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 344,
+    "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "attention_dropout": 0.0,
+}
 CONFIGS = {  # config.json of each model, with the field names of the library `transformers`
-    "gpt2": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 128, "n_layer": 4, "n_head": 4,
-             "n_positions": CONTEXT, "n_ctx": CONTEXT, "n_inner": None, "activation_function": "gelu_new",
-             "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
-    "neox": {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "hidden_size": 128,
-             "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512, "hidden_act": "gelu",
-             "rotary_pct": 0.25, "rotary_emb_base": 10000, "max_position_embeddings": CONTEXT,
-             "use_parallel_residual": True, "attention_bias": True, "layer_norm_eps": 1e-5,
-             "tie_word_embeddings": False},
-    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu",
-              "use_sliding_window": False} | LLAMA_LIKE,
-    "gemma2": {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "head_dim": 32,
-               "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 32, "sliding_window": 12,
-               "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention_bias": False,
-               "layer_types": ["sliding_attention", "full_attention"] * 2} | LLAMA_LIKE,
+    "gpt2": {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 128,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": CONTEXT,
+        "n_ctx": CONTEXT,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    "neox": {
+        "model_type": "gpt_neox",
+        "architectures": ["GPTNeoXForCausalLM"],
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+        "hidden_act": "gelu",
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10000,
+        "max_position_embeddings": CONTEXT,
+        "use_parallel_residual": True,
+        "attention_bias": True,
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+    "qwen2": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+    }
+    | LLAMA_LIKE,
+    "gemma2": {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "head_dim": 32,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 12,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "attention_bias": False,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+    | LLAMA_LIKE,
 }
 
 
-def initialise(model):
+def initialise(model: Transformer) -> None:
     """Normal weights of variance 1 / d_model, smaller ones where a matrix writes into the residual stream, as in GPT-2.
 
-    At this width GPT-2's own 0.02 would leave attention uniform for long. Norms and biases stay as they were made.
+    With GPT-2's own 0.02, a model of this width would have uniform attention for a long time. Norms and biases stay as
+    they were made.
     """
-    std = model.config.d_model ** -0.5
+    std = model.config.d_model**-0.5
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             into_stream = name.endswith(("attn.o.weight", "mlp.down.weight"))
             torch.nn.init.normal_(parameter, std=std / math.sqrt(2 * model.config.n_layers) if into_stream else std)
 
 
-# Steps, and what a name that its row has mentioned before weighs in the loss. Those names, one token in twelve, are what
-# IOI asks for. With rotary positions the models find out how without help; GPT-2, which starts without any notion of
-# distance, was still at chance after 1000 steps of that.
+# Steps, and the weight in the loss of a name that its row has mentioned before. Such a name, one token in twelve, is
+# what IOI asks for. With rotary positions the models discover the task without help. GPT-2 starts without any notion of
+# distance: with the weight 1 it was still at chance after 1000 steps.
 BUDGETS = {"gpt2": (800, 5.0), "neox": (1000, 1.0), "qwen2": (1000, 1.0), "gemma2": (1000, 1.0)}
 
 
-def loss_weights(rows, repeated):
+def loss_weights(rows: torch.Tensor, repeated: float) -> torch.Tensor:
     """Weights [row, pos] of the tokens in the loss: `repeated` for a name that the row has mentioned before, else 1."""
     again = (rows[:, :, None] == rows[:, None, :]).tril(-1).any(-1)
     is_name = torch.isin(rows, torch.tensor([VOCAB[" " + name] for name in names]))
     return torch.where(again & is_name, repeated, 1.0)
 
 
-def rate(step, steps):
+def rate(step: int, steps: int) -> float:
     """The learning rate's share of its maximum: linear warm-up over 100 steps, then a cosine down to 10 %."""
     return min((step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def train(family, seed, steps, lr, out):
+def train(family: str, seed: int, steps: int | None, lr: float, out: Path) -> dict:
     """Train, save in Hugging Face layout, reload what was saved and measure it; returns the training record.
 
     The same seed gives the same model on the same machine with the same number of threads.
@@ -352,30 +450,44 @@ def train(family, seed, steps, lr, out):
 
     save(model, family, out)
     accuracy = accuracies(from_pretrained(str(out)), held_out_prompts(500))
-    record = {"family": family, "seed": seed, "steps": steps, "lr": lr, "passes": passes(accuracy),
-              "accuracy": {name: round(value, 4) for name, value in accuracy.items()},
-              "parameters": n_parameters, "minutes": round((time.time() - started) / 60, 1),
-              "threads": torch.get_num_threads(), "torch": torch.__version__}
+    record = {
+        "family": family,
+        "seed": seed,
+        "steps": steps,
+        "lr": lr,
+        "passes": passes(accuracy),
+        "accuracy": {name: round(value, 4) for name, value in accuracy.items()},
+        "parameters": n_parameters,
+        "minutes": round((time.time() - started) / 60, 1),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record["accuracy"]))
     print(f"{family}, seed {seed}: {'passes' if record['passes'] else 'BELOW'} the bar; saved in {out}", flush=True)
     return record
 
 
-def save(model, family, out):
+def save(model: Transformer, family: str, out: Path) -> None:
     """config.json, model.safetensors (fp16) and the tokenizer's two files."""
     out.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.half() for name, tensor in to_checkpoint(model).items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT,
-                        "unk_token": EOT, "add_prefix_space": False, "clean_up_tokenization_spaces": False,
-                        "model_max_length": CONTEXT}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": EOT,
+        "eos_token": EOT,
+        "unk_token": EOT,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONTEXT,
+    }
     (out / "config.json").write_text(json.dumps(SHARED | CONFIGS[family], indent=2) + "\n")
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
     (out / "tokenizer.json").write_text(json.dumps(TOKENIZER, indent=1, ensure_ascii=False) + "\n")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=[*CONFIGS, "all"], required=True, help="which model")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the corpus (default: 0)")

@@ -21,22 +21,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from train import ROOT, training_rows  # puts the repository on the path
+from train import ROOT, training_rows  # this import puts the project on the path
 
-from models import from_pretrained, load_saes  # noqa: E402
-from relp import record  # noqa: E402
+from models import Transformer, from_pretrained
+from relp import Key, record
+from support.saes import SAE, load_saes
 
-NODES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # resid_pre of layer 0 alone: the embedding
+NODES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # resid_pre of layer 0 only: the embedding
 ROWS = [(32, 24), (32, 24), (12, 64)]  # (rows, tokens in each), as in training the model, but fewer
 
 
-def activations(model, rows):
+def activations(model: Transformer, rows: torch.Tensor) -> dict[Key, torch.Tensor]:
     """{(node, layer): [token, d_model]} of the thirteen."""
     _, kept = record(model, rows, NODES)
     return {key: x.flatten(0, 1) for key, x in kept.items() if key[0] != "resid_pre" or key[1] == 0}
 
 
-def stacked(model, rng, batches=1):
+def stacked(model: Transformer, rng: random.Random, batches: int = 1) -> torch.Tensor:
     """[sae, token, d_model]: the activations of fresh rows."""
     parts = [
         torch.stack(list(activations(model, training_rows(rng, *rng.choice(ROWS))).values())) for _ in range(batches)
@@ -44,8 +45,8 @@ def stacked(model, rng, batches=1):
     return torch.cat(parts, dim=1)
 
 
-def train(model, seed, steps, lr, n_features, l0):
-    """The weights of all SAEs as {name: [sae, ...]}, for activations as they are. L0 on the way: see the printed lines."""
+def train(model: Transformer, seed: int, steps: int, lr: float, n_features: int, l0: float) -> dict[str, torch.Tensor]:
+    """The weights of all SAEs as {name: [sae, ...]}, for activations as they are. Prints how it goes."""
     torch.manual_seed(seed)
     rng, started = random.Random(seed), time.time()
     x = stacked(model, rng, batches=8)
@@ -64,11 +65,8 @@ def train(model, seed, steps, lr, n_features, l0):
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min((step + 1) / 50, 1, 0.02 + 3 * (1 - step / steps))
     )
-    penalty, fired, active = (
-        torch.full((n_saes, 1), 0.1),
-        torch.zeros(n_saes, n_features),
-        torch.full((n_saes,), float(l0)),
-    )
+    penalty, fired = torch.full((n_saes, 1), 0.1), torch.zeros(n_saes, n_features)
+    active = torch.full((n_saes,), float(l0))
     for step in range(1, steps + 1):
         x = (stacked(model, rng) - mean) / scale
         f = torch.baddbmm(b_enc, x - b_dec, W_enc).relu()  # [sae, token, feature]
@@ -98,16 +96,24 @@ def train(model, seed, steps, lr, n_features, l0):
         x = (stacked(model, rng, batches=40) - mean) / scale
         f = torch.baddbmm(b_enc, x - b_dec, W_enc).relu()
         refit(f, x, W_dec, b_dec, b_enc, W_enc)
-        norm = W_dec.norm(dim=-1, keepdim=True).clamp(
-            min=1e-8
-        )  # unit rows; what is taken off them goes into the features
+        # rows of length 1; what is taken off them goes into the features
+        norm = W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-8)
         W_dec, W_enc, b_enc = W_dec / norm, W_enc * norm.mT, b_enc * norm.mT
         # f in units of the activations: the scale goes into the biases, the mean into b_dec
         return {"W_enc": W_enc, "b_enc": (scale * b_enc)[:, 0], "W_dec": W_dec, "b_dec": (scale * b_dec + mean)[:, 0]}
 
 
-def revive(dead, weights, optimiser, residual, error):
-    """Dead features start anew as residuals of tokens, drawn by their squared error (Bricken et al. 2023), with a weak encoder."""
+def revive(
+    dead: torch.Tensor,
+    weights: list[torch.Tensor],
+    optimiser: torch.optim.Adam,
+    residual: torch.Tensor,
+    error: torch.Tensor,
+) -> None:
+    """Dead features start anew as residuals of tokens, with a weak encoder.
+
+    The tokens are drawn by their squared error (Bricken et al. 2023).
+    """
     W_enc, b_enc, W_dec, _ = weights
     for sae in dead.any(-1).nonzero()[:, 0].tolist():
         which = dead[sae].nonzero()[:, 0]
@@ -120,23 +126,25 @@ def revive(dead, weights, optimiser, residual, error):
                 optimiser.state[weight][moment][index] = 0.0
 
 
-def refit(f, x, W_dec, b_dec, b_enc, W_enc):
-    """The decoder that explains x best given the features; the encoder goes on seeing the b_dec that it was trained with."""
+def refit(f, x, W_dec, b_dec, b_enc, W_enc) -> None:  # all are tensors [sae, ...]
+    """Set the decoder to the one that explains x best given the features.
+
+    The encoder goes on seeing the b_dec that it was trained with.
+    """
     for sae in range(len(f)):
         mean_f, mean_x = f[sae].mean(0), x[sae].mean(0)
         g, y = (f[sae] - mean_f).double(), (x[sae] - mean_x).double()
         ridge = 1e-4 * len(g) * torch.eye(g.shape[1], dtype=g.dtype) * g.square().mean().clamp(min=1e-12)
-        W_dec[sae] += torch.linalg.solve(
-            g.T @ g + ridge, g.T @ (y - g @ W_dec[sae].double())
-        ).float()  # dead features keep theirs
+        # dead features keep their rows
+        W_dec[sae] += torch.linalg.solve(g.T @ g + ridge, g.T @ (y - g @ W_dec[sae].double())).float()
         new = mean_x - mean_f @ W_dec[sae]
         b_enc[sae, 0] += (new - b_dec[sae, 0]) @ W_enc[sae]
         b_dec[sae, 0] = new
 
 
 @torch.no_grad()
-def measure(model, saes, seed, batches=12):
-    """{(node, layer): L0, FVE, loss recovered, dead} on rows that training did not see.
+def measure(model: Transformer, saes: dict[Key, SAE], seed: int, batches: int = 12) -> tuple[float, dict]:
+    """The model's loss, and {(node, layer): L0, FVE, loss recovered, dead}, on rows that training did not see.
 
     fve             1 - |x - x_hat|^2 / |x - mean x|^2, summed over tokens
     loss_recovered  (loss with the node's mean - loss with x_hat) / (loss with the node's mean - loss): next-token loss
@@ -161,18 +169,19 @@ def measure(model, saes, seed, batches=12):
     for key, sae in saes.items():
         x = torch.cat([a[key] for a in acts])
         f, mean = sae.encode(x), x.mean(0)
-        ablated = loss(key, lambda x: mean.expand_as(x))
+        ablated = loss(key, mean.expand_as)
+        spliced = loss(key, lambda x, sae=sae: sae.decode(sae.encode(x)))
         result[key] = {
             "l0": (f > 0).float().sum(-1).mean().item(),
             "fve": 1 - (sae.error(x).square().sum() / (x - mean).square().sum()).item(),
-            "loss_recovered": (ablated - loss(key, lambda x: sae.decode(sae.encode(x)))) / (ablated - whole),
+            "loss_recovered": (ablated - spliced) / (ablated - whole),
             "loss_mean_ablated": ablated,
             "dead": (f > 0).any(0).logical_not().float().mean().item(),
         }
     return whole, result
 
 
-def save(weights, keys, out):
+def save(weights: dict[str, torch.Tensor], keys: list[Key], out: Path) -> None:
     """One folder for each SAE, named by its hook as SAELens calls it: cfg.json and sae_weights.safetensors (fp16)."""
     for i, (node, layer) in enumerate(keys):
         hook = f"blocks.{layer}.hook_{node}"
@@ -194,7 +203,7 @@ def save(weights, keys, out):
         (out / hook / "cfg.json").write_text(json.dumps(cfg, indent=2) + "\n")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the corpus (default: 0)")
     parser.add_argument("--steps", type=int, default=1500, help="optimiser steps of about 768 tokens (default: 1500)")
