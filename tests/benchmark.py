@@ -1,10 +1,10 @@
 """How fast, and why: everything measured side by side in one run, as ratios with their spread. Run by hand:
 
-    python tests/benchmark.py                      GPT-2 small's size, 100 pairs of 15 tokens: about 20 minutes on two cores
+    python tests/benchmark.py                      GPT-2 small's size, 100 pairs of 15 tokens: 20 minutes on two cores
     python tests/benchmark.py --repeats 1 --grow   one round, and how AP's time grows with layers, positions and prompts
 
-The model has random weights: speed does not depend on what it has learned. Pairs are shaped like IOI prompts: they differ
-at B1, A and S2 under `swap`, at S2 alone under `s2`.
+The model has random weights: speed does not depend on what it has learned. Pairs are shaped like IOI prompts: they
+differ at B1, A and S2 under `swap`, only at S2 under `s2`.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import relp  # noqa: E402
-from models import Config, Transformer  # noqa: E402
+import relp
+from models import Config, Transformer
 
 NODES = ("resid_pre", "attn_out", "mlp_out")
 PLACES = {"swap": (2, 4, 10), "s2": (10,)}  # BOS After B1 and A went to the PLACE , S2 gave a OBJECT END
@@ -28,10 +29,9 @@ PLACES = {"swap": (2, 4, 10), "s2": (10,)}  # BOS After B1 and A went to the PLA
 
 def random_model(layers, d_model, vocab, device):
     torch.manual_seed(0)
-    hf = dict(
-        model_type="gpt2", n_embd=d_model, n_layer=layers, n_head=d_model // 64, n_positions=1024, vocab_size=vocab
-    )
-    return Transformer(Config.from_hf(hf)).requires_grad_(False).eval().to(device)
+    hf = {"model_type": "gpt2", "n_embd": d_model, "n_layer": layers, "n_head": d_model // 64}
+    config = Config.from_hf({**hf, "n_positions": 1024, "vocab_size": vocab})
+    return Transformer(config).requires_grad_(False).eval().to(device)
 
 
 def random_pairs(corruption, prompts, length, vocab, device):
@@ -57,10 +57,10 @@ def spread(values, unit=""):
 
 @torch.no_grad()
 def plain_pass(model, original, patch_acts, layer, pos):
-    """What AP costs elsewhere, once per (node, layer, position): a whole forward pass with one activation overwritten."""
+    """What AP costs elsewhere, once per (node, layer, position): a whole pass with one activation overwritten."""
 
-    def hook(name, l, value):
-        if (name, l) == ("resid_pre", layer):
+    def hook(name, of_layer, value):
+        if (name, of_layer) == ("resid_pre", layer):
             value = value.clone()
             value[:, pos] = patch_acts["resid_pre", layer][:, pos]
         return value
@@ -72,7 +72,10 @@ def plain_pass(model, original, patch_acts, layer, pos):
 def matmul_rate(c, rows, device):
     """Floating-point operations per second of the machine's matrix product, at the shape of an MLP's."""
     x, w = torch.randn(rows, c.d_model, device=device), torch.randn(c.d_mlp, c.d_model, device=device)
-    product = lambda: [torch.mm(x, w.T) for _ in range(10)]
+
+    def product():
+        return [torch.mm(x, w.T) for _ in range(10)]
+
     product()
     return 10 * 2 * rows * c.d_model * c.d_mlp / min(seconds(product, device) for _ in range(5))
 
@@ -80,39 +83,41 @@ def matmul_rate(c, rows, device):
 def bench_ap(model, corruption, args, device):
     c, batch = model.config, random_pairs(corruption, args.prompts, args.length, model.config.n_vocab, device)
     rows = (2**9 if device.type == "cpu" else 2**16) // args.length
-    run = lambda: relp.activation_patching(model, *batch, NODES, rows=rows)
     _, patch_acts = relp.record(model, batch[1], ("resid_pre",))
     passes = len(NODES) * c.n_layers * args.length
     with FlopCounterMode(display=False) as counter:  # the work is the same for every prompt: counted on a few
         few = min(4, args.prompts)
         relp.activation_patching(model, *(x[:few] for x in batch), NODES)
     flops = counter.get_total_flops() * args.prompts / few
+
+    def plain_passes(*layers):
+        return [seconds(partial(plain_pass, model, batch[0], patch_acts, layer, 3), device) for layer in layers]
+
     ratios, rates = [], []
     for _ in range(args.repeats):
-        plain = [
-            seconds(lambda: plain_pass(model, batch[0], patch_acts, layer, 3), device) for layer in (0, c.n_layers // 2)
-        ]
+        plain = plain_passes(0, c.n_layers // 2)
         rate = matmul_rate(c, args.prompts * args.length, device)
-        ap = seconds(run, device)
-        plain += [
-            seconds(lambda: plain_pass(model, batch[0], patch_acts, layer, 3), device) for layer in (1, c.n_layers - 1)
-        ]
-        ratios.append(statistics.mean(plain) * passes / ap)
+        ap = seconds(partial(relp.activation_patching, model, *batch, NODES, rows=rows), device)
+        plain += plain_passes(1, c.n_layers - 1)
+        one = statistics.mean(plain)
+        ratios.append(one * passes / ap)
         rates.append(flops / ap / statistics.mean([rate, matmul_rate(c, args.prompts * args.length, device)]))
         print(
-            f"    AP {ap:.1f} s; one plain pass {statistics.mean(plain):.2f} s (4 timed), times {passes} passes (extrapolated) {statistics.mean(plain) * passes:.0f} s",
+            f"    AP {ap:.1f} s; one plain pass {one:.2f} s ({len(plain)} timed), times {passes} passes (extrapolated) "
+            f"{one * passes:.0f} s",
             flush=True,
         )
     print(
-        f"  AP, {corruption}: {spread(ratios, 'x')} faster than the plain loop; at {spread([100 * r for r in rates], ' %')} of the matmul rate measured beside it",
+        f"  AP, {corruption}: {spread(ratios, 'x')} faster than the plain loop; at "
+        f"{spread([100 * r for r in rates], ' %')} of the matmul rate measured beside it",
         flush=True,
     )
 
 
 def bench_relp(model, args, device):
     batch = random_pairs("swap", args.prompts, args.length, model.config.n_vocab, device)
-    relevance = lambda: relp.attribute(model, *batch, NODES, lrp=True)
-    attribution = lambda: relp.attribute(model, *batch, NODES)
+    relevance = partial(relp.attribute, model, *batch, NODES, lrp=True)
+    attribution = partial(relp.attribute, model, *batch, NODES)
 
     @torch.no_grad()
     def forward():
@@ -123,33 +128,37 @@ def bench_relp(model, args, device):
     times = [[seconds(f, device) for f in (forward, relevance, attribution)] for _ in range(5 * args.repeats)]
     print(f"  one plain forward pass {spread([t[0] for t in times], ' s')}")
     print(
-        f"  RelP, whole: {spread([r / f for f, r, _ in times], 'x')} a plain forward pass; {spread([r / a for _, r, a in times], 'x')} AtP",
+        f"  RelP, whole: {spread([r / f for f, r, _ in times], 'x')} a plain forward pass; "
+        f"{spread([r / a for _, r, a in times], 'x')} AtP",
         flush=True,
     )
 
 
 def peak(what, args):
-    """Bytes that `what` needs at its peak beyond the model and the prompts; on the CPU to be called in a process of its own."""
+    """Bytes that `what` needs at its peak beyond the model and the prompts; on the CPU, call it in a fresh process."""
     device = torch.device(args.device)
-    model, batch = (
-        random_model(args.layers, args.d_model, args.vocab, device),
-        random_pairs("swap", args.prompts, args.length, args.vocab, device),
-    )
+    model = random_model(args.layers, args.d_model, args.vocab, device)
+    batch = random_pairs("swap", args.prompts, args.length, args.vocab, device)
     run = {
-        "graph": lambda: relp.record(model, batch[0], ("resid_pre",), grad=True),
-        "relp": lambda: relp.attribute(model, *batch, NODES, lrp=True),
-        "atp": lambda: relp.attribute(model, *batch, NODES),
-        "ap": lambda: relp.activation_patching(model, *batch, NODES),
+        "graph": partial(relp.record, model, batch[0], ("resid_pre",), grad=True),
+        "relp": partial(relp.attribute, model, *batch, NODES, lrp=True),
+        "atp": partial(relp.attribute, model, *batch, NODES),
+        "ap": partial(relp.activation_patching, model, *batch, NODES),
     }[what]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    status = lambda key: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-    before = status("VmRSS")
+    before = memory("VmRSS")
     run()
-    return status("VmHWM") - before
+    return memory("VmHWM") - before
+
+
+def memory(key):
+    """Bytes of this process, from Linux: VmRSS now, VmHWM at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def bench_memory(args):
@@ -160,10 +169,8 @@ def bench_memory(args):
         with fresh.Pool(1) as pool:
             used[what] = pool.apply(peak, (what, args))
     times = ", ".join(f"{what} {used[what] / used['graph']:.2f}x" for what in ("relp", "atp", "ap"))
-    print(
-        f"  peak memory beyond the weights: one forward pass with its graph {used['graph'] / 2**20:.0f} MiB; {times} that",
-        flush=True,
-    )
+    graph = f"one forward pass with its graph {used['graph'] / 2**20:.0f} MiB"
+    print(f"  peak memory beyond the weights: {graph}; {times} that", flush=True)
 
 
 def bench_growth(args, device):
@@ -175,7 +182,7 @@ def bench_growth(args, device):
             size = {**base, what: value}
             model = random_model(size["layers"], 256, 1000, device)
             batch = random_pairs("swap", size["prompts"], size["length"], 1000, device)
-            run = lambda: relp.activation_patching(model, *batch, NODES)
+            run = partial(relp.activation_patching, model, *batch, NODES)
             run()
             times.append(min(seconds(run, device) for _ in range(3)))
         print(f"    {what:8}" + "".join(f"{v:>6}: {t / times[0]:5.1f}x" for v, t in zip(values, times)), flush=True)
@@ -211,10 +218,8 @@ def bench_transformer_lens(args, device):
         theirs.run_with_hooks(original, fwd_hooks=[("blocks.1.hook_resid_pre", overwrite)])
 
     their_pass()
-    times = [
-        (seconds(their_pass, device), seconds(lambda: plain_pass(ours, original, patch_acts, 1, 3), device))
-        for _ in range(3 * args.repeats)
-    ]
+    our_pass = partial(plain_pass, ours, original, patch_acts, 1, 3)
+    times = [(seconds(their_pass, device), seconds(our_pass, device)) for _ in range(3 * args.repeats)]
     print(f"  transformer_lens: one patched pass takes {spread([a / b for a, b in times], 'x')} one plain pass here")
 
 
@@ -228,7 +233,8 @@ def main():
     device = torch.device(args.device)
     model = random_model(args.layers, args.d_model, args.vocab, device)
     print(
-        f"{args.layers} layers, {args.d_model} wide, {args.prompts} pairs of {args.length} tokens, float32, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        f"{args.layers} layers, {args.d_model} wide, {args.prompts} pairs of {args.length} tokens, float32, {device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}",
         flush=True,
     )
     bench_relp(model, args, device)

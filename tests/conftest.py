@@ -16,12 +16,12 @@ def pytest_configure(config):
 
 VOCAB = 97
 LLAMA = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=64, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=1, pad_token_id=0,
 )  # fmt: skip
 NEOX = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
-    bos_token_id=0, eos_token_id=0,
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+    max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
 GPT2 = dict(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1)
 LLAMA3_ROPE = dict(
@@ -38,12 +38,27 @@ CHECKPOINTS = {  # name: (class of transformers' configuration, its fields)
     "gpt2-gelu-inner": ("GPT2Config", {**GPT2, "activation_function": "gelu", "n_inner": 40}),
     "gpt2-untied": ("GPT2Config", {**GPT2, "tie_word_embeddings": False}),
     "neox": ("GPTNeoXConfig", NEOX),
-    "neox-sequential": ("GPTNeoXConfig", {**NEOX, "use_parallel_residual": False, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}}),
-    "neox-tied-half-rotary": ("GPTNeoXConfig", {**NEOX, "tie_word_embeddings": True, "attention_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "neox-sequential": ("GPTNeoXConfig", {
+        **NEOX, "use_parallel_residual": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+    }),
+    "neox-tied-half-rotary": ("GPTNeoXConfig", {
+        **NEOX, "tie_word_embeddings": True, "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    }),
     "qwen2": ("Qwen2Config", LLAMA),
-    "qwen2-mha-tied-window": ("Qwen2Config", {**LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
-    "gemma2": ("Gemma2Config", {**LLAMA, "head_dim": 12, "query_pre_attn_scalar": 7, "sliding_window": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
-    "gemma2-mha-no-caps": ("Gemma2Config", {**LLAMA, "num_key_value_heads": 4, "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "qwen2-mha-tied-window": ("Qwen2Config", {
+        **LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True,
+        "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
+    }),
+    "gemma2": ("Gemma2Config", {
+        **LLAMA, "head_dim": 12, "query_pre_attn_scalar": 7, "sliding_window": 4,
+        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+    }),
+    "gemma2-mha-no-caps": ("Gemma2Config", {
+        **LLAMA, "num_key_value_heads": 4, "head_dim": 8, "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": None, "final_logit_softcapping": None,
+    }),
     "llama": ("LlamaConfig", LLAMA),
     "llama3": ("LlamaConfig", {**LLAMA, "tie_word_embeddings": True, "head_dim": 16, "rope_parameters": LLAMA3_ROPE}),
     "llama-biased": ("LlamaConfig", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
@@ -63,12 +78,8 @@ def hf_model(name: str):
     with torch.no_grad():
         for n, p in model.named_parameters():
             p.normal_(std=0.3 if p.ndim > 1 else 0.2)
-            if (
-                p.ndim == 1
-                and "norm" in n + ("norm" if "ln_" in n else "")
-                and n.endswith("weight")
-                and "gemma2" not in name
-            ):
+            scale_of_norm = p.ndim == 1 and n.endswith("weight") and ("norm" in n or "ln_" in n)
+            if scale_of_norm and "gemma2" not in name:  # Gemma 2 adds the 1 itself
                 p.add_(1)
     return model
 

@@ -1,4 +1,4 @@
-"""The measures of relp.agreement by their definitions, and the bootstrap by resampling."""
+"""The measures of support.statistics.agreement by their definitions, and the bootstrap by resampling."""
 
 import math
 
@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import relp
+from support import statistics
+from support.statistics import Estimate, agreement, estimate, ranks, resamples, top
 
 MEASURES = {
     *("averaged", "pooled", "per_prompt", "per_prompt_std"),
@@ -38,7 +40,10 @@ def by_hand(scores, ap, groups, cells=None):
                 a.append(sum(ap[i][at] for i in rows) / len(rows))
     n, most_s, most_a = range(len(a)), max(map(abs, s)), max(map(abs, a))
     matter = [i for i in n if a[i] and abs(a[i]) >= 0.1 * most_a]
-    top = lambda x: [i for i in n if x[i] and sum(abs(other) >= abs(x[i]) for other in x) <= 10]
+
+    def ten_largest(x):
+        return [i for i in n if x[i] and sum(abs(other) >= abs(x[i]) for other in x) <= 10]
+
     each = [corr(x[k], y[k]) for x, y, k in zip(scores, ap, use) if k.any()]
     each = [r for r in each if not math.isnan(r)]
     return {
@@ -48,14 +53,14 @@ def by_hand(scores, ap, groups, cells=None):
         "per_prompt_std": np.std(each),
         "spearman": corr(rank(s), rank(a)),
         "sign": sum(np.sign(s[i]) == np.sign(a[i]) for i in matter) / len(matter),
-        "recall": sum(i in top(s) for i in top(a)) / len(top(a)),
+        "recall": sum(i in ten_largest(s) for i in ten_largest(a)) / len(ten_largest(a)),
         "slope": sum(x * y for x, y in zip(s, a)) / sum(y * y for y in a),
         "false_negative": max([abs(a[i]) for i in n if abs(s[i]) <= 0.01 * most_s], default=0) / most_a,
     }
 
 
 def draw(seed=0, n=9, shape=(3, 5)):
-    """Scores and AP of n prompts in three groups of one, three and the other prompts, the last shorter; zeros at the front."""
+    """Scores and AP of n prompts in groups of one, of three and of the others, the last group shorter; zeros first."""
     g = torch.Generator().manual_seed(seed)
     ap, noise = torch.randn(2, n, *shape, generator=g, dtype=torch.float64)
     scores = 0.5 * ap + 0.4 * noise
@@ -71,7 +76,7 @@ def draw(seed=0, n=9, shape=(3, 5)):
 
 
 def changed(ap):
-    """A mask that is True in some prompts of a group alone."""
+    """A mask that is True in some prompts of a group only."""
     cells = torch.rand(ap.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     return cells | (ap.abs() > 1)
 
@@ -81,7 +86,7 @@ def changed(ap):
 def test_measures_are_their_definitions(seed, masked):
     scores, ap, groups = draw(seed)
     cells = changed(ap) if masked else None
-    got = relp.agreement(scores.float(), ap.float(), groups, cells)
+    got = agreement(scores.float(), ap.float(), groups, cells)
     assert got.keys() == MEASURES and all(x.shape == (1,) and x.dtype == torch.float64 for x in got.values())
     wanted = by_hand(scores.float(), ap.float(), groups, cells)
     assert {name: float(x) for name, x in got.items()} == pytest.approx(wanted, abs=1e-9)
@@ -93,8 +98,9 @@ def test_a_resample_is_the_drawn_prompts(masked):
     """Weights give what the prompts give when they are written out as often as they were drawn, in all measures."""
     scores, ap, groups = draw(3)
     cells = changed(ap) if masked else None
-    weights = relp.resamples(groups, B=60)
-    got = relp.agreement(scores, ap, groups, cells, weights)
+    weights = resamples(groups, B=60)
+    got = agreement(scores, ap, groups, cells, weights)
+    assert all(x.shape == (61,) for x in got.values())
     for b, w in enumerate(weights):
         rows = [i for i, times in enumerate(w.int().tolist()) for _ in range(times)]
         wanted = by_hand(scores[rows], ap[rows], [groups[i] for i in rows], None if cells is None else cells[rows])
@@ -104,37 +110,84 @@ def test_a_resample_is_the_drawn_prompts(masked):
 
 def test_resamples():
     groups = ["a"] * 6 + ["b"] + ["a"] * 2 + ["c"] * 4 + ["d"]
-    weights = relp.resamples(groups, B=4000, seed=1)
-    assert weights.shape == (4000, 14) and weights.dtype == torch.float64
+    whole = resamples(groups, B=4000, seed=1)
+    assert whole.shape == (4001, 14) and whole.dtype == torch.float64
+    assert (whole[0] == 1).all()  # the first row: every prompt once, which gives the number itself
+    weights = whole[1:]
     group = np.array(groups)
     for name, size in (("a", 8), ("c", 4)):  # as many as there are, in every resample
         assert (weights[:, group == name].sum(1) == size).all()
-    assert (
-        weights[:, (group == "b") | (group == "d")].sum(1) == 2
-    ).all()  # those of one prompt stand in for each other
+    of_one_prompt = weights[:, (group == "b") | (group == "d")]
+    assert (of_one_prompt.sum(1) == 2).all()  # the two stand in for each other
     assert set(weights[:, 6].tolist()) == {0, 1, 2}
     assert (weights.mean(0) - 1).abs().max() < 0.06  # nobody is preferred ...
     assert weights[:, 0].var() == pytest.approx(7 / 8, abs=0.08)  # ... and the spread is the multinomial's
-    assert torch.equal(weights, relp.resamples(groups, B=4000, seed=1))
-    assert not torch.equal(weights, relp.resamples(groups, B=4000, seed=2))
+    assert torch.equal(whole, resamples(groups, B=4000, seed=1))
+    assert not torch.equal(whole, resamples(groups, B=4000, seed=2))
     state = torch.random.get_rng_state()
-    relp.resamples(groups)
+    resamples(groups)
     assert torch.equal(state, torch.random.get_rng_state())  # and nobody else's random numbers change
 
 
+def test_the_first_row_gives_the_number_itself():
+    scores, ap, groups = draw(2)
+    once, with_resamples = agreement(scores, ap, groups), agreement(scores, ap, groups, weights=resamples(groups, B=20))
+    for name in MEASURES:
+        torch.testing.assert_close(with_resamples[name][:1], once[name], rtol=1e-12, atol=1e-12)
+
+
+def interval(values):
+    """The ends of the interval of values whose first is the number itself."""
+    return estimate(values)[1:]
+
+
 def test_intervals():
-    values = torch.randperm(1001).double()
-    assert relp.interval(values) == pytest.approx((25, 975))
+    resampled = torch.randperm(1001).double()
+    values = torch.cat([torch.tensor([500.5]).double(), resampled])
+    assert isinstance(estimate(values), Estimate)
+    assert estimate(values) == pytest.approx((500.5, 25, 975))
+    far = torch.cat([torch.tensor([1e6]).double(), resampled])  # the number itself is none of the resamples
+    assert estimate(far) == pytest.approx((1e6, 25, 975))
     some, many = values.clone(), values.clone()
-    some[:50], many[:51] = torch.nan, torch.nan
-    assert relp.interval(some) == pytest.approx(np.percentile(some[50:], [2.5, 97.5]))
-    assert all(math.isnan(x) for x in relp.interval(many))
+    some[1:51], many[1:52] = torch.nan, torch.nan
+    assert estimate(some) == pytest.approx((500.5, *np.percentile(some[51:], [2.5, 97.5])))
+    assert estimate(many).value == 500.5 and all(math.isnan(x) for x in interval(many))
+
+
+def test_means():
+    """The mean of one value per prompt, of booleans too, and its interval over the resamples."""
+    values, groups = torch.tensor([1.0, 2.0, 4.0, 9.0, 3.0]), ["a", "a", "a", "b", "b"]
+    weights = resamples(groups, B=500)
+    drawn = [(values.double() * w).sum() / len(values) for w in weights[1:]]
+    wanted = (3.8, *np.percentile(drawn, [2.5, 97.5]))
+    assert statistics.mean(values, weights) == pytest.approx(wanted, abs=1e-12)
+    assert wanted[1] < 3 and wanted[2] > 4.5
+    accuracy = statistics.mean(values > 2, weights)
+    assert accuracy.value == pytest.approx(0.6) and 0 <= accuracy.low < 0.6 < accuracy.high <= 1
+
+
+def test_a_single_prompt_has_no_intervals():
+    """It says nothing about the spread: every interval is NaN, that of an accuracy too, and the numbers are there."""
+    scores, ap, _ = draw(0)
+    weights = resamples(["g"])
+    assert weights.shape == (1001, 1) and (weights[0] == 1).all() and (weights[1:] == 0).all()
+    got = agreement(scores[:1], ap[:1], ["g"], weights=weights)
+    assert got.keys() == MEASURES
+    estimates = [estimate(x) for x in got.values()]
+    estimates += [statistics.mean(torch.tensor([x]), weights) for x in (2.5, True)]
+    for value, low, high in estimates:
+        assert math.isfinite(value) and math.isnan(low) and math.isnan(high)
+    assert [e.value for e in estimates[-2:]] == [2.5, 1]
+    # and so the difference of two methods has none
+    other = agreement(scores[:1] * 2 + ap[:1], ap[:1], ["g"], weights=weights)
+    for name in MEASURES:
+        assert all(math.isnan(x) for x in interval(other[name] - got[name]))
 
 
 def test_interval_by_resampling():
     """The stratified percentile interval, from another random generator."""
     scores, ap, groups = draw(4, n=30)
-    low, high = relp.interval(relp.agreement(scores, ap, groups, weights=relp.resamples(groups))["averaged"])
+    low, high = interval(agreement(scores, ap, groups, weights=resamples(groups))["averaged"])
     rng, values = np.random.default_rng(0), []
     strata = [[i for i, g in enumerate(groups) if g == group] for group in dict.fromkeys(groups)]
     for _ in range(400):
@@ -148,17 +201,18 @@ def test_interval_by_resampling():
 def test_differences_are_paired():
     """Two methods that are wrong alike: prompts move both, and not the difference."""
     scores, ap, groups = draw(0, n=40)
-    weights = relp.resamples(groups)
-    one, other = (relp.agreement(s, ap, groups, weights=weights) for s in (scores, scores + 0.01 * ap))
+    weights = resamples(groups)
+    one, other = (agreement(s, ap, groups, weights=weights) for s in (scores, scores + 0.01 * ap))
     for measure in ("averaged", "pooled", "per_prompt"):
-        low, high = relp.interval(other[measure] - one[measure])
-        alone = relp.interval(one[measure])
-        assert 0 < low < high and high - low < 0.2 * (alone[1] - alone[0])
-    assert relp.interval(other["slope"] - one["slope"]) == pytest.approx((0.01, 0.01))
+        low, high = interval(other[measure] - one[measure])
+        of_one = interval(one[measure])
+        assert 0 < low < high and high - low < 0.2 * (of_one[1] - of_one[0])
+    assert interval(other["slope"] - one["slope"]) == pytest.approx((0.01, 0.01))
+    assert estimate(other["slope"] - one["slope"]).value == pytest.approx(0.01)
 
 
 def test_coverage():
-    """95 % intervals hold the truth in about 95 % of experiments (here the mean per-prompt correlation, and the slope)."""
+    """95 % intervals hold the truth in about 95 % of experiments (those of the mean per-prompt PCC and the slope)."""
     g, cells, experiments = torch.Generator().manual_seed(0), 40, 150
     held = {"per_prompt": 0, "slope": 0}
     ap_map = torch.randn(1, 1, cells, generator=g, dtype=torch.float64)
@@ -167,46 +221,43 @@ def test_coverage():
         gain = 0.5 + torch.rand(n, 1, 1, generator=g, dtype=torch.float64)
         return gain * ap_map + 0.5 * torch.randn(n, 1, cells, generator=g, dtype=torch.float64), ap_map.expand(n, 1, -1)
 
-    truth = {name: float(x) for name, x in relp.agreement(*experiment(20000), ["g"] * 20000).items() if name in held}
+    truth = {name: float(x) for name, x in agreement(*experiment(20000), ["g"] * 20000).items() if name in held}
     for i in range(experiments):
-        values = relp.agreement(*experiment(40), ["g"] * 40, weights=relp.resamples(["g"] * 40, B=300, seed=i))
+        values = agreement(*experiment(40), ["g"] * 40, weights=resamples(["g"] * 40, B=300, seed=i))
         for name in held:
-            low, high = relp.interval(values[name])
+            low, high = interval(values[name])
             held[name] += low <= truth[name] <= high
     assert all(0.87 <= times / experiments <= 0.995 for times in held.values()), held
 
 
 def test_ties():
-    assert relp.ranks(torch.tensor([[3.0, 1, 3, 0, 1, 1], [2, 2, 2, 2, 2, 2]])).tolist() == [
-        [5.5, 3, 5.5, 1, 3, 3],
-        [3.5] * 6,
-    ]
-    one = lambda *x: torch.tensor(x, dtype=torch.float64).reshape(1, 1, -1)
-    assert float(relp.agreement(one(1, 2, 2, 0), one(1, 2, 3, 0), ["g"])["spearman"]) == pytest.approx(
-        corr([2, 3.5, 3.5, 1], [2, 3, 4, 1])
-    )
+    rows = torch.tensor([[3.0, 1, 3, 0, 1, 1], [2, 2, 2, 2, 2, 2]])
+    assert ranks(rows).tolist() == [[5.5, 3, 5.5, 1, 3, 3], [3.5] * 6]
+
+    def one(*x):
+        return torch.tensor(x, dtype=torch.float64).reshape(1, 1, -1)
+
+    got = float(agreement(one(1, 2, 2, 0), one(1, 2, 3, 0), ["g"])["spearman"])
+    assert got == pytest.approx(corr([2, 3.5, 3.5, 1], [2, 3, 4, 1]))
     # where more cells tie than there is room for, they are not found: a constant says nothing
     size = torch.tensor([[5.0, 4, 4, 3, 0, 0]])
-    assert relp.top(size, 2).tolist() == [[True, False, False, False, False, False]]
-    assert relp.top(size, 3).tolist() == [[True, True, True, False, False, False]]
+    assert top(size, 2).tolist() == [[True, False, False, False, False, False]]
+    assert top(size, 3).tolist() == [[True, True, True, False, False, False]]
     for k in (4, 5, 6, 10):  # zeros are never large
-        assert relp.top(size, k).tolist() == [[True, True, True, True, False, False]]
+        assert top(size, k).tolist() == [[True, True, True, True, False, False]]
 
 
 def test_what_each_measure_sees():
     """The same shape at a third of the size; a sign turned; a node missed."""
     ap = torch.arange(-20.0, 30).reshape(1, 2, 25)
-    value = lambda s: {name: float(x) for name, x in relp.agreement(s, ap, ["g"]).items()}
+
+    def value(s):
+        return {name: float(x) for name, x in agreement(s, ap, ["g"]).items()}
+
     perfect = value(ap)
-    for name, wanted in (
-        ("averaged", 1),
-        ("spearman", 1),
-        ("sign", 1),
-        ("recall", 1),
-        ("slope", 1),
-        ("false_negative", 0),
-    ):
-        assert perfect[name] == pytest.approx(wanted, abs=1e-12)
+    for name in ("averaged", "spearman", "sign", "recall", "slope"):
+        assert perfect[name] == pytest.approx(1, abs=1e-12)
+    assert perfect["false_negative"] == pytest.approx(0, abs=1e-12)
     third = value(ap / 3)
     assert third.pop("slope") == pytest.approx(1 / 3)
     assert third == pytest.approx({name: perfect[name] for name in third}, abs=1e-7)
@@ -224,56 +275,62 @@ def test_parts():
     """Heads and neurons have an axis more: cells like any others."""
     scores, ap, groups = draw(2, shape=(3, 5, 4))
     cells = changed(ap)
-    got = relp.agreement(scores, ap, groups, cells, relp.resamples(groups, B=5))
+    got = agreement(scores, ap, groups, cells, resamples(groups, B=5))
     flat = [x.transpose(2, 3).flatten(1, 2) for x in (scores, ap, cells)]  # [prompt, layer * part, pos]
-    wanted = relp.agreement(*flat[:2], groups, flat[2], relp.resamples(groups, B=5))
+    wanted = agreement(*flat[:2], groups, flat[2], resamples(groups, B=5))
     for name in MEASURES:
         torch.testing.assert_close(got[name], wanted[name])
-    assert {n: float(x) for n, x in relp.agreement(scores, ap, groups).items()} == pytest.approx(
-        by_hand(scores, ap, groups)
-    )
+    whole = {name: float(x) for name, x in agreement(scores, ap, groups).items()}
+    assert whole == pytest.approx(by_hand(scores, ap, groups))
 
 
 def test_many_cells_go_in_pieces(monkeypatch):
     """More cells than are held at once: the same numbers."""
     scores, ap, groups = draw(1)
-    weights, sizes = relp.resamples(groups, B=50), []
-    whole = relp.agreement(scores, ap, groups, weights=weights)
-    of_maps = relp.of_maps
-    monkeypatch.setattr(relp, "of_maps", lambda s, *rest: sizes.append(len(s)) or of_maps(s, *rest))
+    weights, sizes, of_maps = resamples(groups, B=50), [], statistics.of_maps
+    whole = agreement(scores, ap, groups, weights=weights)
+
+    def counted(s, *rest):
+        sizes.append(len(s))
+        return of_maps(s, *rest)
+
+    monkeypatch.setattr(statistics, "of_maps", counted)
     factor = 2000  # the cells are repeated, which leaves the averaged maps' correlations as they are
-    repeated = relp.agreement(*(x.repeat(1, factor, 1) for x in (scores, ap)), groups, weights=weights)
-    assert sum(sizes) == 50 and len(sizes) > 1
+    repeated = agreement(*(x.repeat(1, factor, 1) for x in (scores, ap)), groups, weights=weights)
+    assert sum(sizes) == 51 and len(sizes) > 1
     for name in ("averaged", "pooled", "per_prompt", "sign", "slope", "false_negative"):
         torch.testing.assert_close(repeated[name], whole[name])
 
 
 def test_degenerate_input():
-    undefined = lambda x: all(math.isnan(value) for value in x)
+    def undefined(x):
+        return all(math.isnan(value) for value in x)
+
     scores, ap, groups = draw(0)
     # a constant method: nothing to correlate, and still a slope
-    got = relp.agreement(torch.full_like(ap, 0.1), ap, groups, weights=relp.resamples(groups, B=7))
+    got = agreement(torch.full_like(ap, 0.1), ap, groups, weights=resamples(groups, B=7))
     for name in ("averaged", "pooled", "per_prompt", "per_prompt_std", "spearman"):
-        assert undefined(got[name]) and undefined(relp.interval(got[name])), name
+        assert undefined(got[name]) and undefined(estimate(got[name])), name
     assert not undefined(got["slope"])
-    assert float(relp.agreement(torch.full_like(ap, 0.5), ap, groups)["recall"]) == 0
+    assert float(agreement(torch.full_like(ap, 0.5), ap, groups)["recall"]) == 0
     # AP that finds nothing
-    got = relp.agreement(scores, ap * 0, groups)
+    got = agreement(scores, ap * 0, groups)
     assert all(undefined(x) for x in got.values())
     # one prompt: numbers, and no intervals
-    got = relp.agreement(scores[:1], ap[:1], groups[:1])
+    got = agreement(scores[:1], ap[:1], groups[:1])
     assert not any(undefined(got[name]) for name in MEASURES) and got["per_prompt_std"] == 0
-    got = relp.agreement(scores[:1], ap[:1], groups[:1], weights=relp.resamples(groups[:1], B=7))
-    assert all(undefined(relp.interval(x)) for x in got.values())
+    got = agreement(scores[:1], ap[:1], groups[:1], weights=resamples(groups[:1], B=7))
+    assert all(undefined(interval(x)) for x in got.values())
     # one cell, and none
-    got = relp.agreement(scores[:, :1, 1:2], ap[:, :1, 1:2], ["g"] * len(ap))
+    got = agreement(scores[:, :1, 1:2], ap[:, :1, 1:2], ["g"] * len(ap))
     assert undefined(got["averaged"]) and not undefined(got["slope"])
-    got = relp.agreement(scores, ap, groups, cells=torch.zeros_like(ap, dtype=torch.bool))
+    got = agreement(scores, ap, groups, cells=torch.zeros_like(ap, dtype=torch.bool))
     assert all(undefined(x) for x in got.values())
 
 
-def test_pearson():
-    a, b = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
-    assert relp.pearson(a, b) == pytest.approx(corr(a.double(), b.double()), abs=1e-12)
-    assert relp.pearson(a + 1000, b) == pytest.approx(corr((a + 1000).double(), b.double()), abs=1e-9)
-    assert math.isnan(relp.pearson(a, torch.full_like(a, 0.1)))
+def test_pearson_is_the_correlation_of_the_measures():
+    """relp.pearson, which relp.py has for itself, and the correlation from moments are one number."""
+    a, b = torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(0)).double()
+    sums = statistics.moments(a, b, torch.ones_like(a, dtype=torch.bool))
+    for row, (x, y) in enumerate(zip(a, b)):
+        assert relp.pearson(x, y) == pytest.approx(float(statistics.correlation(sums)[row]), abs=1e-12)

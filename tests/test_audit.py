@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from conftest import CHECKPOINTS, FAMILIES
 import evaluate
 import models
 import relp
-from models import ROWS, TWO_POINT, Rules, audit, from_pretrained
+from beyond import temperature, twopoint
+from beyond.audit import audit
+from beyond.conservation import conservation
+from beyond.methods import TwoPointTemperature
+from beyond.temperature import Temperature
+from beyond.twopoint import ROWS, TWO_POINT, TwoPoint
+from models import Rules, from_pretrained
 
 ALL = Rules(True, True, True, True)
 RULE_SETS = [
@@ -22,9 +29,11 @@ RULE_SETS = [
     False,
     Rules(epsilon=1.0),
     Rules(ln=True, gamma=0.5),
-    Rules(ah=True, epsilon=0.1, two_point=ROWS),
+    TwoPoint(ah=True, epsilon=0.1, two_point=ROWS),
     *(Rules(**{rule: True}) for rule in ("ln", "identity", "half", "ah")),
-    *(Rules(two_point=(row,)) for row in ROWS),
+    *(TwoPoint(two_point=(row,)) for row in ROWS),
+    Temperature(ln=True, temperature=2.0),
+    TwoPointTemperature(half=True, temperature=0.5, two_point=("identity",)),
 ]
 
 
@@ -47,7 +56,7 @@ def blames(model, tokens, rules, patch=None) -> str:
     return str(error.value).removeprefix("the rules in use are not those requested: ")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # What is right passes
 
 
@@ -62,11 +71,15 @@ def test_every_family_and_rule_passes_and_is_counted(name, dtype, load, tokens, 
         **{"ln": norm, "identity": {"MLP": n}, "half": half, "ah": {"Attention": n}},
         **{"ln2": norm, "identity2": {"MLP": n}, "half2": half, "attention2": {"Attention": n}},
         **dict.fromkeys(("zero", "epsilon", "gamma"), linear),
+        "temperature": {"Attention": n},
     }
     for lrp in [*RULE_SETS, TWO_POINT[c.family]]:
         rules, report = model.rules(lrp), audit(model, tokens, lrp, patch)
-        flags = {rule for rule in ("ln", "identity", "half", "ah", "epsilon", "gamma") if getattr(rules, rule)}
-        asked = flags - set(rules.two_point) | {f"{row}2" for row in rules.two_point}
+        two_point = getattr(rules, "two_point", ())
+        names = ("ln", "identity", "half", "ah", "epsilon", "gamma", "temperature")
+        asked = {rule for rule in names if getattr(rules, rule, None)} - set(two_point) | {
+            f"{row}2" for row in two_point
+        }
         asked |= set() if rules.epsilon or rules.gamma else {"zero"}
         assert report["rules"].keys() == asked
         for rule, row in report["rules"].items():
@@ -74,19 +87,29 @@ def test_every_family_and_rule_passes_and_is_counted(name, dtype, load, tokens, 
         json.dumps(report)
 
 
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_gamma_that_float32_rounds(name, load, tokens):
+    """0.1 is another number in float32: in a float64 model, the formula must not be computed with that one."""
+    row = audit(load(name, torch.float64), tokens, Rules(ln=True, gamma=0.1))["rules"]["gamma"]
+    assert row["requested"] == 0.1 and row["applied"]["unembedding"] == 1 and "unseen" not in row
+
+
 def test_what_has_no_rule_is_named(load, tokens, patch):
-    kept = lambda name, lrp: audit(load(name), tokens, lrp, patch)["no rule"]
+    def kept(name, lrp):
+        return audit(load(name), tokens, lrp, patch)["no rule"]
+
     assert kept("gpt2", True) == ["softmax of attention"] and kept("llama", ALL) == []
     assert kept("gemma2", True) == ["softmax of attention", "softcap of attention", "softcap of the logits"]
     assert kept("gemma2", ALL) == ["softcap of the logits"]
     assert kept("qwen2", False) == ["scale of the norms", "activation", "gate", "softmax of attention"]
     assert kept("qwen2", TWO_POINT["qwen2"]) == []
+    assert kept("qwen2", Temperature(temperature=2.0)) == ["scale of the norms", "activation", "gate"]
 
 
 def test_two_point_rules_need_a_patch(load, tokens):
     with pytest.raises(ValueError, match="two-point rules are audited on prompts and their patch"):
-        audit(load("llama"), tokens, Rules(two_point=("ln",)))
-    says = blames(load("llama"), tokens, Rules(ln=True, two_point=("ln",)), tokens)  # of one point twice
+        audit(load("llama"), tokens, TwoPoint(two_point=("ln",)))
+    says = blames(load("llama"), tokens, TwoPoint(ln=True, two_point=("ln",)), tokens)  # one point, twice
     assert says == "ln2: changed no gradient beyond rounding in LayerNorm or RMSNorm"
 
 
@@ -95,7 +118,7 @@ def test_it_leaves_nothing_behind(load, tokens):
     logits = model(tokens, lrp=True)
     audit(model, tokens)
     activate = model.blocks[1].mlp.activate
-    model.blocks[1].mlp.activate = lambda x, run: activate(x, run).detach()
+    model.blocks[1].mlp.activate = lambda x, rules: activate(x, rules).detach()
     blames(model, tokens, Rules(ln=True))
     model.blocks[1].mlp.activate = activate
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -127,28 +150,31 @@ def test_weights_that_are_not_numbers(load, tokens):
         audit(model, tokens)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Fooled on purpose
 
-ALONE = models.alone
-DISABLED = {  # the function of models.py in place of which another is put: (that one, request, the rules blamed)
-    "ln_rule": (lambda f: lambda x, eps, on, twin: f(x, eps, False), ALL, {"ln"}),
-    "identity_rule": (lambda f: lambda x, gate, on, twin: f(x, gate, False), ALL, {"identity"}),
-    "half_rule": (lambda f: lambda a, b, on, *rest: f(a, b, False, *rest), ALL, {"half"}),
-    "ah_rule": (lambda f: lambda pattern, on: pattern, ALL, {"ah"}),
-    "linear_rule": (lambda f: lambda x, w, b, r: torch.nn.functional.linear(x, w, b), Rules(gamma=0.5), {"gamma"}),
-    "const": (lambda f: lambda x, on: x, ALL, {"ln", "identity", "ah"}),
+DISABLED = {  # the method of Rules that works as in Rules(): (a request, the rules that are to blame)
+    "norm": (ALL, {"ln"}),
+    "activation": (ALL, {"identity"}),
+    "gate": (ALL, {"half"}),
+    "attention": (ALL, {"ah"}),
+    "linear": (Rules(gamma=0.5), {"gamma"}),
+    "const": (ALL, {"ln", "identity", "ah"}),  # no method: the function that makes constants
 }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("function", DISABLED)
-def test_a_disabled_rule_is_named(function, name, load, tokens, monkeypatch):
-    model = load(name)
-    change, rules, blamed = DISABLED[function]
-    if function == "half_rule" and not model.config.gated:
-        pytest.skip("no gate")
-    monkeypatch.setattr(models, function, change(getattr(models, function)))
+@pytest.mark.parametrize("off", DISABLED)
+def test_a_disabled_rule_is_named(off, name, load, tokens, monkeypatch):
+    model, (rules, blamed) = load(name), DISABLED[off]
+    if off == "const":
+        monkeypatch.setattr(models, "const", lambda x, on: x)
+    else:
+        method = getattr(Rules, off)
+        monkeypatch.setattr(Rules, off, lambda self, *inputs: method(Rules(), *inputs))
+    if off == "gate" and not model.config.gated:  # a rule that has nothing to do here is not missed
+        assert audit(model, tokens, rules)["rules"]["half"]["applied"] == {}
+        return
     found = dict(part.split(": changed no gradient in ") for part in blames(model, tokens, rules).split("; "))
     assert found.keys() == blamed
     where = {"ln": "ln1", "gamma": "attn.q", "ah": "attn"}
@@ -161,13 +187,21 @@ def test_a_disabled_rule_is_named(function, name, load, tokens, monkeypatch):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_disabled_two_point_rule_is_named(name, row, load, tokens, patch, monkeypatch):
     """Whether the one-point rule is left in its place or nothing."""
-    model, twin = load(name), models.Run.twin
-    if row == "half" and not model.config.gated:
-        pytest.skip("no gate")
-    monkeypatch.setattr(models.Run, "twin", lambda run, of: ALONE if of == row else twin(run, of))
-    for rules in (Rules(two_point=ROWS), Rules(True, True, True, two_point=ROWS), Rules(two_point=(row,))):
+    model, patch_run = load(name), TwoPoint.patch_run
+    monkeypatch.setattr(TwoPoint, "patch_run", lambda self, of, *x: None if of == row else patch_run(self, of, *x))
+    for rules in (TwoPoint(two_point=ROWS), TwoPoint(True, True, True, two_point=ROWS), TwoPoint(two_point=(row,))):
+        if row == "half" and not model.config.gated:
+            assert audit(model, tokens, rules, patch)["rules"]["half2"]["applied"] == {}
+            continue
         says = blames(model, tokens, rules, patch)
         assert says.startswith(f"{row}2: changed no gradient in ") and ";" not in says
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_disabled_temperature_is_named(name, load, tokens, monkeypatch):
+    monkeypatch.delattr(Temperature, "attention")
+    says = blames(load(name), tokens, Temperature(ln=True, temperature=2.0))
+    assert says == "temperature: changed no gradient in blocks.0.attn, blocks.1.attn, blocks.2.attn"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -177,11 +211,9 @@ def test_a_rule_that_is_always_on_is_named(name, load, tokens, patch, monkeypatc
         m.setattr(models, "const", lambda x, on: x.detach())
         says = blames(model, tokens, False)
         assert all(f"{rule}: applied unasked in " in says for rule in ("ln", "identity", "ah"))
-    twin = models.Run.twin  # the tape, though these rows were not asked for
-    monkeypatch.setattr(
-        models.Run, "twin", lambda run, of: run.rules.tape if run.rules.tape is not None else twin(run, of)
-    )
-    says = blames(model, tokens, Rules(two_point=("attention",)), patch)
+    # every row looks at the patch run, though it was not asked to
+    monkeypatch.setattr(TwoPoint, "patch_run", lambda self, row, *inputs: self.notes(inputs))
+    says = blames(model, tokens, TwoPoint(two_point=("attention",)), patch)
     assert says.startswith("no rule: not the gradient owed in blocks.0.ln1, ") and "blocks.0.mlp, " in says
 
 
@@ -189,11 +221,14 @@ def test_a_rule_that_is_always_on_is_named(name, load, tokens, patch, monkeypatc
 def test_one_module_of_one_layer_is_enough(name, load, tokens, patch):
     """The rest of the model follows the rules; the text names the one that does not, and no other."""
 
-    def without(module, **rules):
+    def without(module, **off):
         forward = module.forward
-        module.forward = lambda x, run: forward(
-            x, dataclasses.replace(run, rules=dataclasses.replace(run.rules, **rules))
-        )
+
+        def other_rules(x, rules, *rest):
+            known = {name: value for name, value in off.items() if hasattr(rules, name)}  # the plain pass has no rows
+            return forward(x, dataclasses.replace(rules, **known), *rest)
+
+        module.forward = other_rules
 
     for rules, part, off, says in [
         (ALL, "blocks.1.mlp", dict(identity=False), "identity: changed no gradient"),
@@ -202,63 +237,126 @@ def test_one_module_of_one_layer_is_enough(name, load, tokens, patch):
         (ALL, "blocks.0.attn", dict(ah=False), "ah: changed no gradient"),
         (Rules(epsilon=1e-3), "blocks.1.attn.k", dict(epsilon=None), "epsilon: changed no gradient"),
         (Rules(gamma=0.1), "blocks.1.mlp.up", dict(gamma=None), "gamma: changed no gradient"),
-        (Rules(two_point=("ln",)), "blocks.1.ln2", dict(two_point=()), None),
+        (TwoPoint(two_point=("ln",)), "blocks.1.ln2", dict(two_point=()), "ln2: changed no gradient"),
+        (Temperature(temperature=2.0), "blocks.1.attn", dict(temperature=None), "temperature: changed no gradient"),
         (Rules(identity=True), "blocks.1.ln1", dict(ln=True), "ln: applied unasked"),
         (Rules(), "blocks.2.attn", dict(ah=True), "ah: applied unasked"),
     ]:  # fmt: skip
         model = load(name)
         without(model.get_submodule(part), **off)
-        if says is None:  # the tape and its reader come apart
-            with pytest.raises(ValueError):
-                audit(model, tokens, rules, patch)
-        else:
-            assert blames(model, tokens, rules, patch) == f"{says} in {part}"
+        assert blames(model, tokens, rules, patch) == f"{says} in {part}"
 
     model = load(name)  # a block that hands no rules on to its MLP
-    run_to = model.blocks[1].mlp.forward
-    model.blocks[1].mlp.forward = lambda x, run: run_to(x, models.Run(Rules(), run.hook, run.layer))
+    forward = model.blocks[1].mlp.forward
+    model.blocks[1].mlp.forward = lambda x, rules, node: forward(x, Rules(), node)
     says = blames(model, tokens, True)
     assert "identity: changed no gradient in blocks.1.mlp" in says
     assert ("half: changed no gradient in blocks.1.mlp" in says) == model.config.gated
 
 
+def test_a_run_that_does_not_read_its_notes(load, tokens, patch):
+    """One norm writes its notes in the patch run, and does not read them in the original run."""
+    model = load("llama")
+    norm = model.blocks[1].ln2
+    norm.forward = lambda x, rules, forward=norm.forward: forward(x, Rules() if torch.is_grad_enabled() else rules)
+    with pytest.raises(ValueError, match="the original run does not do what the patch run did"):
+        audit(model, tokens, TwoPoint(two_point=ROWS), patch)
+
+
 def test_activation_of_one_block(load, tokens):
     model = load("neox")
-    model.blocks[2].mlp.activate = lambda x, run: torch.nn.functional.gelu(x)
+    model.blocks[2].mlp.activate = lambda x, rules: torch.nn.functional.gelu(x)
     assert "identity: changed no gradient in blocks.2.mlp" in blames(model, tokens, Rules(identity=True))
 
 
-WRONG = {  # (function, its replacement, request, what the audit says)
-    "half-of-one": ("half_rule", lambda f: lambda a, b, on, *r: f(a, b, on, *r) + 0.1 * (a * b - (a * b).detach()) if on else f(a, b, on, *r), Rules(half=True), "half: not the gradient"),
-    "half-of-one-factor": ("half_rule", lambda f: lambda a, b, on, *r: f(a, 0.5 * b + 0.5 * b.detach(), False) if on else f(a, b, on, *r), Rules(half=True), "half: "),
-    "ln-of-the-mean": ("ln_rule", lambda f: lambda x, eps, on, *r: f(x, eps, on, *r) * 1 + 0.2 * (x - x.detach()), Rules(ln=True), "ln: not the gradient"),
-    "half-an-identity": ("identity_rule", lambda f: lambda x, g, on, *r: x * (0.4 * g(x) + 0.6 * g(x).detach()), Rules(identity=True), "identity: "),
-    "values-as-well": ("ah_rule", lambda f: lambda x, on: 0.5 * x + 0.5 * x.detach(), Rules(ah=True), "ah: "),
-    "epsilon-too-large": ("linear_rule", lambda f: lambda x, w, b, r: f(x, w, b, r.epsilon and Rules(epsilon=2 * r.epsilon) or r), Rules(epsilon=0.1), "epsilon: not the gradient"),
-    "middle-of-one-run": ("mid", lambda f: lambda x, x_patch: f(x, f(x, x_patch)), Rules(two_point=ROWS), "2: not the gradient"),
-    "secant-too-steep": ("identity_rule", lambda f: lambda x, g, on, twin: f(x, g, on, twin) + 0.3 * (x - x.detach()), Rules(two_point=ROWS), "identity2 + half2: not the gradient"),
+def half_const(x):
+    return 0.5 * x + 0.5 * x.detach()
+
+
+def only_gradient(x):
+    """0, but with the gradient of x."""
+    return x - x.detach()
+
+
+# {mistake: (class, its method, a function of the right one that returns the wrong one, a request, what the audit says)}
+WRONG = {
+    "more-than-half": (
+        Rules, "gate",
+        lambda f: lambda self, a, b: f(self, a, b) + 0.1 * only_gradient(a * b) if self.half else f(self, a, b),
+        Rules(half=True), "half: not the gradient",
+    ),
+    "half-of-one-factor": (
+        Rules, "gate",
+        lambda f: lambda self, a, b: f(Rules(), a, half_const(b)) if self.half else f(self, a, b),
+        Rules(half=True), "half: not the gradient",
+    ),
+    "ln-of-the-mean": (
+        Rules, "norm",
+        lambda f: lambda self, x, eps: f(self, x, eps) + 0.2 * only_gradient(x),
+        Rules(ln=True), "ln: not the gradient",
+    ),
+    "half-an-identity": (
+        Rules, "activation",
+        lambda f: lambda self, x, phi: x * (0.4 * phi(x) + 0.6 * phi(x).detach()),
+        Rules(identity=True), "identity: not the gradient",
+    ),
+    "half-a-pattern": (
+        Rules, "attention",
+        lambda f: lambda self, q, k, v, attend: attend(half_const(q), half_const(k), v),
+        Rules(ah=True), "ah: not the gradient",
+    ),
+    "values-as-well": (
+        Rules, "attention",
+        lambda f: lambda self, q, k, v, attend: f(self, q, k, half_const(v), attend),
+        Rules(ah=True), "ah: not the gradient",
+    ),
+    "epsilon-too-large": (
+        Rules, "linear",
+        lambda f: lambda self, *x: f(Rules(epsilon=2 * self.epsilon) if self.epsilon else self, *x),
+        Rules(epsilon=0.1), "epsilon: not the gradient",
+    ),
+    "middle-of-one-run": (
+        twopoint, "mid",
+        lambda f: lambda x, x_patch: f(x, f(x, x_patch)),
+        TwoPoint(two_point=ROWS), "ln2: not the gradient",
+    ),
+    "secant-too-steep": (
+        TwoPoint, "activation",
+        lambda f: lambda self, x, phi: f(self, x, phi) + 0.3 * only_gradient(x),
+        TwoPoint(two_point=ROWS), "identity2 + half2: not the gradient",
+    ),
+    "temperature-twice": (
+        Temperature, "attention",
+        lambda f: lambda self, *x: f(Temperature(temperature=2 * self.temperature), *x),
+        Temperature(temperature=2.0), "temperature: not the gradient",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_rule_with_another_gradient_is_named(wrong, load, tokens, patch, monkeypatch):
-    function, change, rules, says = WRONG[wrong]
-    monkeypatch.setattr(models, function, change(getattr(models, function)))
+    place, name, change, rules, says = WRONG[wrong]
+    monkeypatch.setattr(place, name, change(getattr(place, name)))
     assert says in blames(load("qwen2"), tokens, rules, patch)
 
 
-@pytest.mark.parametrize("function", ["ln_rule", "identity_rule", "half_rule"])
-def test_one_ulp_is_enough(function, load, tokens, monkeypatch):
-    rule = getattr(models, function)
-    up = lambda y: y + (torch.nextafter(y, torch.full_like(y, torch.inf)) - y).detach()  # the next larger number
-    monkeypatch.setattr(models, function, lambda x, g, on, *r: up(rule(x, g, on, *r)) if on else rule(x, g, on, *r))
-    part = "blocks.0.ln1" if function == "ln_rule" else "blocks.0.mlp"
+@pytest.mark.parametrize("method, flag", [("norm", "ln"), ("activation", "identity"), ("gate", "half")])
+def test_one_ulp_is_enough(method, flag, load, tokens, monkeypatch):
+    right = getattr(Rules, method)
+
+    def next_larger(rules, *inputs):
+        y = right(rules, *inputs)
+        above = torch.nextafter(y, torch.full_like(y, torch.inf))
+        return y + (above - y).detach() if getattr(rules, flag) else y
+
+    monkeypatch.setattr(Rules, method, next_larger)
+    part = "blocks.0.ln1" if flag == "ln" else "blocks.0.mlp"
     assert f"the forward pass is changed in {part}, " in blames(load("qwen2"), tokens, True)
 
 
 def test_a_kind_that_it_does_not_know(load, tokens):
     class Dropout(torch.nn.Module):
-        def forward(self, x, run):
+        def forward(self, x, rules):
             return x
 
     model = load("gpt2")
@@ -290,74 +388,205 @@ def test_a_cut_between_the_modules(load, tokens, monkeypatch):
     """Sums have no rule, and must pass on everything."""
     forward, block = models.SequentialBlock.forward, models.Transformer.block
 
-    def leaky(self, x, run):
-        y = forward(self, x, run)
-        return y.detach() + (x - x.detach()) if run.layer == 1 and run.rules.ln else y
+    def leaky(self, x, rules, node, *rest):
+        y = forward(self, x, rules, node, *rest)
+        return y.detach() + only_gradient(x) if node.layer == 1 and rules.ln else y
 
     with monkeypatch.context() as m:
         m.setattr(models.SequentialBlock, "forward", leaky)
         assert blames(load("llama"), tokens, True) == "no rule: not the gradient owed in blocks.1"
     monkeypatch.setattr(models.Transformer, "block", lambda self, layer, x, *r: block(self, layer, x.detach(), *r))
-    says = "no gradient passes what lies ahead of blocks.1, blocks.2"
+    says = "no gradient passes what lies before blocks.1, blocks.2"
     assert blames(load("llama"), tokens, True) == says
 
 
-SOURCE = Path(models.__file__).read_text()
-POINT, BOTH = Rules(True, True, True, True, gamma=0.3), Rules(two_point=ROWS)
-MUTANTS = {  # (request, in the text of models.py, instead, what the audit says)
-    "const": (POINT, "return x.detach() if on else x", "return x", "ln: changed no gradient"),
-    "identity": (POINT, "const(gate(x), on or x_patch is not None)", "gate(x)", "identity: changed no gradient in blocks.0.mlp, blocks.1.mlp, blocks.2.mlp"),
-    "ln": (POINT, "x / const(size, on)", "x / size", "ln: changed no gradient in blocks.0.ln1"),
-    "half": (POINT, "return through(y, 0.5 * y) if on else y", "return y", "half: changed no gradient in blocks.0.mlp"),
-    "wrong half": (POINT, "through(y, 0.5 * y)", "through(y, 0.25 * y)", "identity + half: not the gradient owed in blocks.0.mlp"),
-    "flag of the recipe": (POINT, "run.rules.identity, run", "getattr(self, 'identity', False), run", "identity: changed no gradient in blocks.0.mlp"),
-    "ah": (POINT, "by_head(ah_rule(k, run.rules.ah))", "by_head(k)", "ah: not the gradient"),
-    "epsilon": (Rules(epsilon=0.1), "(y.abs() / (y.abs() + rules.epsilon)).detach()", "1", "epsilon: changed no gradient in blocks.0.attn.q"),
-    "gamma": (POINT, "elif rules.gamma is not None:", "elif False:", "gamma: changed no gradient in blocks.0.attn.q"),
-    "unembedding": (POINT, "linear_rule(self.ln_f(x, run), weight, None, run.rules)", "F.linear(self.ln_f(x, run), weight)", "gamma: changed no gradient in unembedding"),
-    "rules not passed on": (POINT, "self.rules(lrp), hook, layer", "Rules(), hook, layer", "half: changed no gradient in blocks.0.mlp"),
-    "ln2": (BOTH, "return y if size_patch is None else through(y, x * mid(1 / size, 1 / size_patch))", "return y", "ln2: changed no gradient in blocks.0.ln1"),
-    "ln2 at one point": (BOTH, "mid(1 / size, 1 / size_patch)", "(1 / size).detach()", "ln2: not the gradient owed in blocks.0.ln1"),
-    "identity2": (BOTH, "return through(y, x * torch.where(near, g", "return through(y, x * gate(x) if True else torch.where(near, g", "identity2: changed no gradient in blocks.0.mlp"),
-    "identity2 is identity": (BOTH, "near = dx.abs() < torch.finfo(x.dtype).eps ** 0.5", "near = dx.abs() < 1e9", "identity2 + half2: not the gradient owed in blocks.0.mlp"),
-    "half2": (BOTH, "half_rule(gate, up, run.rules.half, run.twin(\"half\"))", "half_rule(gate, up, run.rules.half)", "half2: changed no gradient in blocks.0.mlp"),
-    "half2 the other way round": (BOTH, "half_rule(gate, up, run", "half_rule(up, gate, run", "identity2 + half2: not the gradient owed in blocks.0.mlp"),
-    "attention2": (BOTH, "kernel, twin = None, run.twin(\"attention\")", "kernel, twin = None, alone", "attention2: changed no gradient in blocks.0.attn"),
-    "attention2 without the softmax": (BOTH, "softmax(through(mid(scores, scores_patch), scores))", "softmax(scores)", "attention2: not the gradient owed in blocks.0.attn"),
-    "temperature": (Rules(ln=True, temperature=2.0), "temperature * softmax(scores / temperature)", "softmax(scores)", "temperature: changed no gradient in blocks.0.attn"),
-    "temperature with its 1 / T": (Rules(ln=True, temperature=2.0), "temperature * softmax(scores / temperature)", "softmax(scores / temperature)", "temperature: not the gradient owed in blocks.0.attn"),
-    "attention2 without the values": (BOTH, "half_rule(pattern, v, False, twin, mix)", "mix(pattern, v)", "attention2: not the gradient owed in blocks.0.attn"),
-    "two-point rows not passed on": (BOTH, "if row not in self.rules.two_point:", "if True:", "ln2: changed no gradient in blocks.0.ln1"),
+def test_a_rule_that_it_does_not_know(load, tokens):
+    @dataclasses.dataclass(frozen=True)
+    class Own(Rules):
+        own: bool = False
+
+    assert blames(load("llama"), tokens, Own(ln=True, own=True)) == "unknown to the audit: own"
+    assert audit(load("llama"), tokens, Own(ln=True))["rules"].keys() == {"ln", "zero"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes in the text of the source: copies of models.py, beyond/twopoint.py and beyond/temperature.py with one each
+
+SOURCES = {"models": models.__file__, "twopoint": twopoint.__file__, "temperature": temperature.__file__}
+SOURCES = {name: Path(file).read_text(encoding="utf-8") for name, file in SOURCES.items()}
+POINT = ("models", "Rules", {"ln": True, "identity": True, "half": True, "ah": True, "gamma": 0.3})
+EPSILON = ("models", "Rules", {"epsilon": 0.1})
+BOTH = ("twopoint", "TwoPoint", {"two_point": ROWS})
+HOT = ("temperature", "Temperature", {"ln": True, "temperature": 2.0})
+MUTANTS = {  # (request, the file, in its text, instead, what the audit says)
+    "const": (
+        POINT, "models", "return x.detach() if on else x", "return x", "ln: changed no gradient",
+    ),
+    "backward_as": (
+        POINT, "models", "return value.detach() +", "return value +", "gamma: not the gradient owed in blocks.0.attn.q",
+    ),
+    "identity": (
+        POINT, "models", "x * const(phi(x), self.identity)", "x * phi(x)",
+        "identity: changed no gradient in blocks.0.mlp, blocks.1.mlp, blocks.2.mlp",
+    ),
+    "ln": (
+        POINT, "models", ".sqrt(), self.ln)", ".sqrt(), False)", "ln: changed no gradient in blocks.0.ln1",
+    ),
+    "half": (
+        POINT, "models", "return backward_as(y, 0.5 * y) if self.half else y", "return y",
+        "half: changed no gradient in blocks.0.mlp",
+    ),
+    "wrong half": (
+        POINT, "models", "backward_as(y, 0.5 * y)", "backward_as(y, 0.25 * y)",
+        "identity + half: not the gradient owed in blocks.0.mlp",
+    ),
+    "flag of the recipe": (  # of the module, on which nobody has set it
+        POINT, "models", "return rules.activation(", "return getattr(self, 'rules', Rules()).activation(",
+        "identity: changed no gradient in blocks.0.mlp",
+    ),
+    "ah": (
+        POINT, "models", "attend(const(q, self.ah), const(k, self.ah), v)", "attend(const(q, self.ah), k, v)",
+        "ah: not the gradient",
+    ),
+    "epsilon": (
+        EPSILON, "models", "y * (size / (size + self.epsilon)).detach()", "y",
+        "epsilon: changed no gradient in blocks.0.attn.q",
+    ),
+    "epsilon without the sign": (
+        EPSILON, "models", "size = upcast(y).abs()", "size = upcast(y)",
+        "epsilon: not the gradient owed in blocks.0.attn.q",
+    ),
+    "gamma": (
+        POINT, "models", "if self.gamma is not None:\n            boosted", "if False:\n            boosted",
+        "gamma: changed no gradient in blocks.0.attn.q",
+    ),
+    "gamma for positive outputs": (
+        POINT, "models", "torch.where(y > 0, positive_more, negative_more)", "positive_more",
+        "gamma: not the gradient owed in blocks.0.attn.q",
+    ),
+    "unembedding": (
+        POINT, "models", "rules.linear(self.ln_f(x, rules), weight, None)", "F.linear(self.ln_f(x, rules), weight)",
+        "gamma: changed no gradient in unembedding",
+    ),
+    "rules not passed on": (
+        POINT, "models", "(x, self.rules(lrp), Nodes(hook, layer), start, last)",
+        "(x, Rules(), Nodes(hook, layer), start, last)", "half: changed no gradient in blocks.0.mlp",
+    ),
+    "ln2": (
+        BOTH, "twopoint", "return backward_as(y, x * mid(*scales))", "return y",
+        "ln2: changed no gradient in blocks.0.ln1",
+    ),
+    "ln2 at one point": (
+        BOTH, "twopoint", "mid(*scales)", "scales[0]", "ln2: not the gradient owed in blocks.0.ln1",
+    ),
+    "identity2": (
+        BOTH, "twopoint", "backward_as(y, torch.where(near, between * phi(between), x * secant))",
+        "backward_as(y, x * phi(x))", "identity2: changed no gradient in blocks.0.mlp",
+    ),
+    "identity2 is identity": (
+        BOTH, "twopoint", "torch.where(near, between * phi(between), x * secant)", "x * phi(here)",
+        "identity2 + half2: not the gradient owed in blocks.0.mlp",
+    ),
+    "identity2 in the middle": (
+        BOTH, "twopoint", "near = dx.abs() < torch.finfo(x.dtype).eps ** (1 / 3)", "near = dx.abs() < 1e9",
+        "identity2 + half2: not the gradient owed in blocks.0.mlp",
+    ),
+    "half2": (
+        BOTH, "twopoint", "product(torch.mul, a, *patch, b)", "y", "half2: changed no gradient in blocks.0.mlp",
+    ),
+    "half2 the other way round": (
+        BOTH, "models", "rules.gate(self.activate(self.gate(x, rules), rules), self.up(x, rules))",
+        "rules.gate(self.up(x, rules), self.activate(self.gate(x, rules), rules))",
+        "identity2 + half2: not the gradient owed in blocks.0.mlp",
+    ),
+    "attention2": (
+        BOTH, "twopoint", 'self.patch_run("attention", q, k)', "None",
+        "attention2: changed no gradient in blocks.0.attn",
+    ),
+    "attention2 without the softmax": (
+        BOTH, "twopoint", "backward_as(attend.softmax(scores), attend.softmax(between))", "attend.softmax(scores)",
+        "attention2: not the gradient owed in blocks.0.attn",
+    ),
+    "attention2 without the values": (
+        BOTH, "twopoint", "product(attend.mix, pattern, pattern_patch, v)", "attend.mix(pattern, v)",
+        "attention2: not the gradient owed in blocks.0.attn",
+    ),
+    "by hand, and then not used": (
+        BOTH, "models", "else backward_as(self.fused(q, k, v), z)", "else self.fused(q, k, v)",
+        "attention2: changed no gradient in blocks.0.attn",
+    ),
+    "by hand, and not in one kernel": (
+        BOTH, "models", "else backward_as(self.fused(q, k, v), z)", "else z",
+        "the forward pass is changed in blocks.0.attn",
+    ),
+    "two-point rows not passed on": (
+        BOTH, "twopoint", "if row not in self.two_point:", "if True:", "ln2: changed no gradient in blocks.0.ln1",
+    ),
+    "temperature": (
+        HOT, "temperature", "self.temperature * attend.softmax(scores / self.temperature)", "attend.softmax(scores)",
+        "temperature: changed no gradient in blocks.0.attn",
+    ),
+    "temperature with its 1 / T": (
+        HOT, "temperature", "self.temperature * attend.softmax(", "attend.softmax(",
+        "temperature: not the gradient owed in blocks.0.attn",
+    ),
+    "temperature not passed on": (
+        HOT, "models", "(softmax or self.softmax)(", "self.softmax(",
+        "temperature: changed no gradient in blocks.0.attn",
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mutant", [None, *MUTANTS])
-def test_a_copy_of_the_code_with_a_rule_off(mutant, checkpoint, tokens, patch):
-    rules, before, after, says = MUTANTS.get(mutant, (POINT, "", "", None))
-    assert SOURCE.count(before) == 1 or mutant is None
-    copy = types.ModuleType("copy_of_models")
-    copy.__file__ = models.__file__
-    with pytest.MonkeyPatch.context() as m:
-        m.setitem(__import__("sys").modules, copy.__name__, copy)  # dataclasses look their module up
-        exec(compile(SOURCE.replace(before, after) if mutant else SOURCE, "copy_of_models", "exec"), copy.__dict__)
-    model = copy.from_pretrained(str(checkpoint("qwen2")[0]))
-    rules = copy.Rules(**{f.name: getattr(rules, f.name) for f in dataclasses.fields(rules)})
-    for check in (audit, copy.audit):
-        if mutant is None:
-            assert check(model, tokens, rules, patch)["rules"]["ln"]["applied"] == {"RMSNorm": 7}
-        else:
-            with pytest.raises(ValueError) as error:
-                check(model, tokens, rules, patch)
-            assert says in str(error.value)
+@pytest.fixture
+def copies(monkeypatch):
+    """copies(file, before, after): the three files again as modules, one of them with a piece of its text replaced."""
+
+    def make(changed=None, before="", after=""):
+        made = {}
+        with monkeypatch.context() as m:
+            for name, text in SOURCES.items():  # models first: the others import it
+                if name == changed:
+                    assert text.count(before) == 1
+                    text = text.replace(before, after)
+                made[name] = types.ModuleType(name)
+                made[name].__file__ = models.__file__
+                m.setitem(sys.modules, name, made[name])  # the others find it, and dataclasses look their module up
+                exec(compile(text, f"copy of {name}", "exec"), made[name].__dict__)
+        assert issubclass(made["twopoint"].TwoPoint, made["models"].Rules) and made["models"].Rules is not Rules
+        return made
+
+    return make
 
 
-# ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("request_, kinds", [
+    (POINT, {"ln": "RMSNorm", "identity": "MLP", "half": "MLP", "ah": "Attention", "gamma": "unembedding"}),
+    (EPSILON, {"epsilon": "Linear"}),
+    (BOTH, {"ln2": "RMSNorm", "identity2": "MLP", "half2": "MLP", "attention2": "Attention"}),
+    (HOT, {"ln": "RMSNorm", "temperature": "Attention"}),
+])  # fmt: skip
+def test_a_copy_of_the_code_passes(request_, kinds, copies, checkpoint, tokens, patch):
+    made, (file, kind, fields) = copies(), request_
+    model = made["models"].from_pretrained(str(checkpoint("qwen2")[0]))
+    rules = audit(model, tokens, getattr(made[file], kind)(**fields), patch)["rules"]
+    for rule, module in kinds.items():
+        assert rules[rule]["applied"][module] == {"RMSNorm": 7, "unembedding": 1, "Linear": 21}.get(module, 3)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_copy_of_the_code_with_a_rule_off(mutant, copies, checkpoint, tokens, patch):
+    (file, kind, fields), *mistake, says = MUTANTS[mutant]
+    made = copies(*mistake)
+    model = made["models"].from_pretrained(str(checkpoint("qwen2")[0]))
+    assert says in blames(model, tokens, getattr(made[file], kind)(**fields), patch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Conservation
 
 
-def lost(report, *kinds):
-    """What is lost in each block to these kinds together (all that there are, if none is named)."""
-    return torch.tensor([report["lost"][k] for k in report["lost"] if not kinds or k in kinds]).sum(0)
+def lost(report):
+    """What is lost in each block, to all kinds together."""
+    return torch.tensor(list(report["lost"].values())).sum(0)
 
 
 @pytest.fixture
@@ -367,7 +596,7 @@ def conserve(load, tokens):
         for n, p in model.named_parameters():
             if n.endswith("bias") and not biased:
                 p.zero_()
-        return relp.conservation(model, tokens, tokens[:, :2], metric, lrp)
+        return conservation(model, tokens, tokens[:, :2], metric, lrp)
 
     return run
 
@@ -394,8 +623,6 @@ def test_biases_are_all_that_is_missing(name, gamma, conserve):
 
 
 OFF = {"ln": {"LayerNorm", "RMSNorm"}, "identity": {"MLP"}, "half": {"MLP"}, "ah": {"Attention"}}
-
-
 SETS_OFF = [off for n in (1, 2, 4) for off in itertools.combinations(OFF, n)]
 
 
@@ -419,7 +646,7 @@ def test_each_loss_is_laid_at_the_right_door(name, off, conserve, load):
 def test_against_relevance_by_layer_and_gradients_of_the_biases(load, tokens):
     """The report of GPT-2 under the paper's rules, from nodes and parameters instead of modules."""
     model, answers = load("gpt2", torch.float64), tokens[:, :2]
-    report = relp.conservation(model, tokens, answers)
+    report = conservation(model, tokens, answers)
     biases = {n: p.requires_grad_() for n, p in model.named_parameters() if n.endswith("bias")}
     names = ("resid_pre", "q", "k", "v", "z")
     stream, acts = relp.record(model, tokens, names, True, grad=True)
@@ -439,24 +666,29 @@ def test_against_relevance_by_layer_and_gradients_of_the_biases(load, tokens):
     assert report["lost"]["biases"][3] == pytest.approx(held["ln_f.bias"])
 
 
+def test_conservation_is_not_defined_between_two_runs(load, tokens):
+    with pytest.raises(ValueError, match=r"with rules that look at two runs, not x . rho is conserved"):
+        conservation(load("gpt2"), tokens, tokens[:, :2], lrp=TWO_POINT["gpt2"])
+
+
 def test_conservation_leaves_nothing_behind(load, tokens):
     model = load("gpt2")
     for answers in (tokens[:, :2], tokens[:, :2] + 10**6):
         try:
-            relp.conservation(model, tokens, answers)
+            conservation(model, tokens, answers)
         except (RuntimeError, IndexError):
             assert answers.max() > 10**6
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         assert not any(p.requires_grad for p in model.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
 @pytest.mark.parametrize("options", [[], ["--audit"]])
 def test_every_run_records_it(options, tmp_path, capsys):
-    arguments = f"--model toy-gpt2 --n 5 --methods relp,twopoint,ln+ah --rules ln,identity,half --out {tmp_path}"
+    arguments = f"--model toy-gpt2 --pairs 5 --methods relp,twopoint,ln+ah --rules ln,identity,half --out {tmp_path}"
     assert evaluate.main([*arguments.split(), *options]) == 0
     out = capsys.readouterr().out
     summary = json.loads((tmp_path / "toy-gpt2-ioi" / "summary.json").read_text())
@@ -471,8 +703,8 @@ def test_every_run_records_it(options, tmp_path, capsys):
 
 
 def test_a_run_stops_where_a_rule_is_off(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(models, "identity_rule", lambda x, gate, on, twin: x * gate(x))
-    assert evaluate.main(["--model", "toy-neox", "--n", "3", "--methods", "relp", "--out", str(tmp_path)]) == 2
+    monkeypatch.setattr(Rules, "activation", lambda self, x, phi: x * phi(x))
+    assert evaluate.main(["--model", "toy-neox", "--pairs", "3", "--methods", "relp", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "identity: changed no gradient in blocks.0.mlp, blocks.1.mlp" in error and error.count("\n") == 1
     assert not list(tmp_path.rglob("summary.json"))

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,17 @@ import evaluate
 import models
 import relp
 import tasks
+from beyond.methods import method as method_of
+from support import circuit_figures, circuits
+from support.results import without_nan
+from support.saes import load_saes
+from support.statistics import estimate
+from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SAES = ROOT / "toy" / "saes" / "neox"
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Mean ablation, on random models of every kind
 
 
@@ -43,7 +50,7 @@ def decode(sae, f):
 
 
 def ablated(model, tokens, answers, saes, means, circuit, metric=relp.logit_diff):
-    """run_circuit step by step: encode, put the means in for what is not in the circuit, decode, add the error or its mean."""
+    """run_circuit step by step: encode, put means in outside of the circuit, decode, add the error or its mean."""
 
     def hook(name, layer, x):
         if (name, layer) not in saes:
@@ -98,17 +105,21 @@ def test_circuits_are_their_definition(name, kind, checkpoint, prompts):
     original, patch, answers = prompts
     saes = units_of(model, kind)
     means = relp.unit_means(model, patch, saes)
-    run_circuit = lambda circuit: relp.run_circuit(model, original, answers, saes, means, circuit)
-    full, whole, empty = (
-        relp.compare(model, original, original, answers, ())[0],
-        *(run_circuit(filled(means, value)) for value in (1, 0)),
-    )
+
+    def run_circuit(circuit):
+        return relp.run_circuit(model, original, answers, saes, means, circuit)
+
+    full = relp.compare(model, original, original, answers, ())[0]
+    whole, empty = (run_circuit(filled(means, value)) for value in (1, 0))
     assert torch.equal(whole, full)  # exactly, so that the faithfulness of everything is 1
     assert relp.faithfulness(whole, full, empty) == 1 and relp.faithfulness(empty, full, empty) == 0
 
     # nothing but means: features and errors add up to the node's own mean, whatever the SAE
     _, acts = relp.record(model, patch, {node for node, _ in saes})
-    at_mean = lambda node, layer, x: acts[node, layer].mean(0).expand_as(x) if (node, layer) in saes else x
+
+    def at_mean(node, layer, x):
+        return acts[node, layer].mean(0).expand_as(x) if (node, layer) in saes else x
+
     with torch.no_grad():
         wanted = relp.logit_diff(model(original, hook=at_mean)[:, -1], answers)
     torch.testing.assert_close(empty, wanted, atol=1e-12, rtol=1e-12)
@@ -119,7 +130,7 @@ def test_circuits_are_their_definition(name, kind, checkpoint, prompts):
         wanted = ablated(model, original, answers, saes, means, circuit)
         torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-12)
         assert (got - full).abs().max() > 1e-3 and (got - empty).abs().max() > 1e-3
-    if kind != "neurons":  # errors alone, features alone
+    if kind != "neurons":  # only errors, only features
         for part in (slice(-1, None), slice(0, -1)):
             circuit = filled(means, 0)
             for keep in circuit.values():
@@ -141,7 +152,7 @@ def test_another_metric(checkpoint, prompts):
 
 @pytest.mark.parametrize("kind", ["relu", "jump", "neurons"])
 def test_means_of_units(kind, checkpoint, prompts):
-    """Prompt by prompt; features are averaged behind the nonlinearity, and nothing over positions."""
+    """Prompt by prompt; features are averaged after the nonlinearity, and nothing over positions."""
     model = models.from_pretrained(str(checkpoint("gemma2")[0]), dtype=torch.float64)
     patch, saes = prompts[1], units_of(model, kind)
     got = relp.unit_means(model, patch, saes)
@@ -166,7 +177,7 @@ def test_faithfulness_is_a_ratio_of_means():
     assert relp.faithfulness(full, full, empty) == 1 and relp.faithfulness(empty, full, empty) == 0
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Statistics
 
 
@@ -177,43 +188,43 @@ def pair(original, patch, answers=(1, 2)):
 def test_pairs_of_the_same_prompts_are_drawn_together():
     a, b, c, d, e = ((i, i + 1) for i in range(5))
     pairs = [pair(a, b), pair(b, a, (2, 1)), pair(c, d), pair(a, b, (3, 4)), pair(a, e)]
-    weights = evaluate.resamples(pairs, seed=1)
+    weights = circuits.resamples_of_prompts(pairs, seed=1)
     assert weights.shape == (1001, 5) and (weights[0] == 1).all()
     assert torch.equal(weights[:, 0], weights[:, 1]) and torch.equal(weights[:, 0], weights[:, 3])
     families = weights[:, [0, 2, 4]]  # three draws out of three families, with replacement
     assert (families.sum(1) == 3).all() and set(families.unique().tolist()) == {0, 1, 2, 3}
     assert families[1:].mean(0).tolist() == pytest.approx([1, 1, 1], abs=0.1)
     assert families[1:].var(0).tolist() == pytest.approx([2 / 3] * 3, abs=0.1)  # binomial: 3 x 1/3 x 2/3
-    assert torch.equal(weights, evaluate.resamples(pairs, seed=1))
-    assert not torch.equal(weights, evaluate.resamples(pairs, seed=2))
+    assert torch.equal(weights, circuits.resamples_of_prompts(pairs, seed=1))
+    assert not torch.equal(weights, circuits.resamples_of_prompts(pairs, seed=2))
 
 
 def test_curves_at_other_sizes():
     values = torch.tensor([[1.0, 10.0], [0.5, 6.0], [0.0, -2.0]], dtype=torch.float64)
-    got = evaluate.at_sizes(values, [30, 10, 0], [0, 4, 10, 20, 30, 300])
+    got = circuits.at_sizes(values, [30, 10, 0], [0, 4, 10, 20, 30, 300])
     low, high = math.log(5) / math.log(11), (math.log(21) - math.log(11)) / (math.log(31) - math.log(11))
     wanted = [[0, -2], [0.5 * low, -2 + 8 * low], [0.5, 6], [0.5 + 0.5 * high, 6 + 4 * high], [1, 10], [1, 10]]
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64))
     repeated = values[[0, 1, 1, 2, 2]]  # thresholds that keep the same units
-    assert torch.equal(evaluate.at_sizes(repeated, [30, 10, 10, 0, 0], [0, 4, 10, 20, 30, 300]), got)
-    assert evaluate.at_sizes(values[:1], [30], [1, 100]).tolist() == [[1, 10], [1, 10]]
+    assert torch.equal(circuits.at_sizes(repeated, [30, 10, 10, 0, 0], [0, 4, 10, 20, 30, 300]), got)
+    assert circuits.at_sizes(values[:1], [30], [1, 100]).tolist() == [[1, 10], [1, 10]]
 
 
-def test_an_interval_is_of_the_resamples_alone():
+def test_an_interval_is_of_the_resamples_only():
     values = torch.cat([torch.tensor([500.0]), torch.arange(1001).flip(0)]).double()
-    assert evaluate.estimate(values) == pytest.approx([500, 25, 975])
-    assert evaluate.estimate(torch.tensor([math.nan, 1.0, 1.0]))[1:] == [1, 1]
+    assert estimate(values) == pytest.approx([500, 25, 975])
+    assert estimate(torch.tensor([math.nan, 1.0, 1.0]))[1:] == (1, 1)
 
 
 def test_json_has_no_nan_in_lists_either():
     nan, inf = math.nan, math.inf
-    assert evaluate.without_nan({"a": [1.0, nan, [inf, "x"]], "b": {"c": [{"d": -inf}]}}) == {
+    assert without_nan({"a": [1.0, nan, [inf, "x"]], "b": {"c": [{"d": -inf}]}}) == {
         "a": [1.0, None, [None, "x"]],
         "b": {"c": [{"d": None}]},
     }
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The command, in a process of its own
 
 METHODS = {"atp": {}, "relp": {"lrp": True}, "ig": {"steps": 10}}
@@ -221,14 +232,15 @@ STRUCTURE = "within_rc"
 
 
 def read(folder, structure=STRUCTURE):
-    return [json.loads((folder / name).read_text(), parse_constant=pytest.fail) for name in (f"circuit-{structure}.json", "summary.json")]  # fmt: skip
+    files = (folder / f"circuit-{structure}.json", folder / "summary.json")
+    return [json.loads(file.read_text(), parse_constant=pytest.fail) for file in files]
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
     """(stdout, folder of the results) of the small command, started where no other file of the project is."""
     where = tmp_path_factory.mktemp("command")
-    arguments = f"--task sva --n 20 --held-out 10 --structures {STRUCTURE} --methods atp,relp,ig --top 4".split()
+    arguments = f"--task sva --pairs 20 --held-out 10 --structures {STRUCTURE} --methods atp,relp,ig --top 4".split()
     done = subprocess.run(
         [sys.executable, ROOT / "evaluate.py", *arguments],
         cwd=where,
@@ -246,7 +258,7 @@ def command(tmp_path_factory):
 def toy():
     """model, its SAEs, its tokenizer"""
     model = models.from_pretrained("toy-neox")
-    return model, models.load_saes(str(SAES), model), models.load_tokenizer("toy-neox")
+    return model, load_saes(str(SAES), model), load_tokenizer("toy-neox")
 
 
 def tensors(pairs):
@@ -255,7 +267,7 @@ def tensors(pairs):
 
 @pytest.fixture(scope="module")
 def averages(toy):
-    """{method: {(name, layer): [pos, units]}}: relp's scores averaged over the command's discovery pairs, which it draws."""
+    """{method: {(name, layer): [pos, units]}}: relp's scores averaged over the command's discovery pairs."""
     model, saes, tokenizer = toy
     pairs = tensors(tasks.sva(tokenizer, STRUCTURE, 20, 10, seed=0)[0])
     return {
@@ -300,59 +312,68 @@ def test_the_units_of_a_file_are_those_that_score(command, toy, averages):
     assert circuit["first_layer_judged"] == 1  # a third of four layers
 
 
-def removed_errors(variant):
-    """What the issue says of the variants, in words rather than in evaluate.VARIANTS' tuples."""
-    return {"features": [], "no_errors": ["attn_out", "mlp_out", "resid_pre", "resid_post"],
-            "no_sublayer_errors": ["attn_out", "mlp_out"], "no_resid_errors": ["resid_pre", "resid_post"]}[variant]  # fmt: skip
+# Which nodes' errors each variant does without: said here again, rather than taken from circuits.VARIANTS
+REMOVED_ERRORS = {
+    "features": [],
+    "no_errors": ["attn_out", "mlp_out", "resid_pre", "resid_post"],
+    "no_sublayer_errors": ["attn_out", "mlp_out"],
+    "no_resid_errors": ["resid_pre", "resid_post"],
+}
 
 
 def circuit_at(scores, threshold, variant, complement=False):
     chosen = {key: (v.abs() > threshold) ^ complement for key, v in scores.items() if key[1] >= 1}
     for (node, _), c in chosen.items():
-        c[:, -1] &= node not in removed_errors(variant)
+        c[:, -1] &= node not in REMOVED_ERRORS[variant]
     return chosen
 
 
 @pytest.fixture(scope="module")
 def raw(command, toy, averages):
-    """raw(variant, method): sizes, and the metric of each held-out pair: full [n], empty [n], circuits, complements [thresholds, n]."""
+    """raw(variant, method) -> sizes, and the metric of each held-out pair.
+
+    The metric: full [n], empty [n], of the circuits and of their complements [thresholds, n].
+    """
     (model, saes, tokenizer), kept = toy, {}
     thresholds = read(command[1])[0]["thresholds"]
     original, patch, answers = tensors(tasks.sva(tokenizer, STRUCTURE, 20, 10)[1])
     judged = {key: sae for key, sae in saes.items() if key[1] >= 1}
     means = relp.unit_means(model, patch, judged)
-    run_circuit = lambda c: ablated(model, original, answers, judged, means, c).double()
     nothing = {key: torch.zeros(original.shape[1], len(sae.W_dec) + 1, dtype=torch.bool) for key, sae in judged.items()}
+
+    def run_circuit(circuit):
+        return ablated(model, original, answers, judged, means, circuit).double()
 
     def runs(variant, method):
         if (variant, method) not in kept:
-            circuits = [circuit_at(averages[method], t, variant) for t in thresholds]
-            complements = [circuit_at(averages[method], t, variant, complement=True) for t in thresholds]
+            inside = [circuit_at(averages[method], t, variant) for t in thresholds]
+            outside = [circuit_at(averages[method], t, variant, complement=True) for t in thresholds]
             kept[variant, method] = (
-                [sum(int(c.sum()) for c in circuit.values()) for circuit in circuits],
+                [sum(int(c.sum()) for c in circuit.values()) for circuit in inside],
                 relp.logit_diff(model(original)[:, -1], answers).detach().double(),
                 run_circuit(nothing),
-                torch.stack([run_circuit(c) for c in circuits]),
-                torch.stack([run_circuit(c) for c in complements]),
+                torch.stack([run_circuit(c) for c in inside]),
+                torch.stack([run_circuit(c) for c in outside]),
             )
         return kept[variant, method]
 
     return runs
 
 
-CASES = [("features", m) for m in METHODS] + [(v, "relp") for v in ("no_errors", "no_sublayer_errors", "no_resid_errors")]  # fmt: skip
+CASES = [("features", method) for method in METHODS]
+CASES += [(variant, "relp") for variant in ("no_errors", "no_sublayer_errors", "no_resid_errors")]
 
 
 @pytest.mark.parametrize("variant, method", CASES)
 def test_faithfulness_and_completeness_by_hand(variant, method, command, raw):
-    """Sizes and curves of the file, from the definition of a circuit and runs in which the means are put in step by step."""
+    """Sizes and curves of the file, from a circuit's definition and runs in which the means are put in step by step."""
     circuit, summary = read(command[1])
     got = circuit["circuits"][variant][method]
-    sizes, full, empty, circuits, complements = raw(variant, method)
+    sizes, full, empty, inside, outside = raw(variant, method)
     assert got["sizes"] == pytest.approx(sizes, abs=1)  # a score may round to either side of a threshold
     assert sizes[0] > 200 and got["sizes"] == sorted(got["sizes"], reverse=True)
     scale = full.mean() - empty.mean()
-    for name, runs in (("faithfulness", circuits), ("completeness", complements)):
+    for name, runs in (("faithfulness", inside), ("completeness", outside)):
         wanted = ((runs.mean(1) - empty.mean()) / scale).tolist()
         assert got[name] == pytest.approx(wanted, abs=2e-3)
         curves = summary["structures"][STRUCTURE]["curves"][variant][method]
@@ -364,20 +385,22 @@ def test_faithfulness_and_completeness_by_hand(variant, method, command, raw):
 
 def test_averages_differences_and_intervals_by_hand(command, raw, toy):
     _, summary = read(command[1])
-    weights = evaluate.resamples(tasks.sva(toy[2], STRUCTURE, 20, 10)[1], seed=0).numpy()
+    weights = circuits.resamples_of_prompts(tasks.sva(toy[2], STRUCTURE, 20, 10)[1], seed=0).numpy()
 
     def mean_over_sizes(method, of, grid):
         sizes, full, empty, *both = raw("features", method)
         curves = []
         for w in weights:  # the mean of the resampled pairs; their number cancels
-            at = lambda runs: runs.numpy() @ w
-            y = (at(both[of]) - at(empty)) / (at(full) - at(empty))
+            of_full, of_empty, of_runs = (runs.numpy() @ w for runs in (full, empty, both[of]))
+            y = (of_runs - of_empty) / (of_full - of_empty)
             curves.append(np.interp(np.log1p(grid), np.log1p(sizes[::-1]), y[::-1]))
         return np.array(curves)
 
+    def interval(values):
+        return [values[0], *np.quantile(values[1:], [0.025, 0.975])]
+
     for of, name in enumerate(("faithfulness", "completeness")):
         mean = {m: mean_over_sizes(m, of, np.geomspace(10, 300, 30)).mean(1) for m in METHODS}
-        interval = lambda x: [x[0], *np.quantile(x[1:], [0.025, 0.975])]
         for method in METHODS:
             got = summary[name]["features"][method]
             assert got["mean"] == pytest.approx(interval(mean[method]), abs=2e-3)
@@ -427,7 +450,8 @@ def test_strongest_units_and_what_they_fire_on(command, toy):
         for p in tasks.sva(tokenizer, STRUCTURE, 20, 10)[1]:
             for prompt in (p.original, p.patch):
                 x = relp.record(model, torch.tensor([prompt]), {unit["node"]})[1][key]
-                fired[tokenizer.decode(list(prompt[1:]))] = float(encode(saes[key], x)[0, unit["position"], unit["unit"]])  # fmt: skip
+                f = encode(saes[key], x)[0, unit["position"]]
+                fired[tokenizer.decode(list(prompt[1:]))] = float(f[unit["unit"]])
         most = sorted(fired, key=fired.get, reverse=True)[:3]
         assert fires == pytest.approx({text: fired[text] for text in most if fired[text] > 0}, rel=1e-4)
 
@@ -450,10 +474,10 @@ def test_tables_show_the_numbers_of_the_summary(command):
     out, folder = command
     circuit, summary = read(folder)
     lines = out.splitlines()
-    for variant, (title, *_) in evaluate.VARIANTS.items():
+    for variant, (title, *_) in circuits.VARIANTS.items():
         first = next(i for i, line in enumerate(lines) if line.startswith(f"  {title}  "))
         for line, method in zip(lines[first:], METHODS):
-            assert line[28:36].strip() == evaluate.LABELS[method]
+            assert line[28:36].strip() == method_of(method).label
             left, right = line[36:].split("|")
             numbers = [float(x) for x in left.replace("[", " ").replace("]", " ").split()]
             faithful, complete = (summary[name][variant][method] for name in ("faithfulness", "completeness"))
@@ -470,16 +494,16 @@ def test_tables_show_the_numbers_of_the_summary(command):
     assert "WARNING" not in out
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Its options, with few pairs and nothing drawn
 
 
-BASE = ["--n", 6, "--held-out", 4, "--structures", "across_pp", "--methods", "relp", "--thresholds", "1e-3,1,5"]
+BASE = ["--pairs", 6, "--held-out", 4, "--structures", "across_pp", "--methods", "relp", "--thresholds", "1e-3,1,5"]
 
 
 @pytest.fixture
 def quick(run, tmp_path):  # noqa: F811
-    """quick(*arguments) -> (circuit-across_pp.json, summary.json) of a run that must succeed without a word on stderr."""
+    """quick(*arguments) -> (circuit-across_pp.json, summary.json) of a run that succeeds without a word on stderr."""
 
     def call(*arguments, folder="toy-neox-sva", structure="across_pp"):
         base = [a for a in BASE if "--prompts" not in arguments or a not in ("--structures", "across_pp")]
@@ -511,7 +535,8 @@ def test_the_same_command_gives_the_same_numbers(quick):
 def test_batch_size_does_not_matter(quick):
     (one, a), (other, b) = quick(), quick("--batch-size", 4)
     assert units(one) == pytest.approx(units(other), abs=1e-5, rel=1e-4)
-    assert a["structures"]["across_pp"]["cost"]["relp"]["forward"] == b["structures"]["across_pp"]["cost"]["relp"]["forward"]  # fmt: skip
+    costs = [summary["structures"]["across_pp"]["cost"]["relp"] for summary in (a, b)]
+    assert costs[0]["forward"] == costs[1]["forward"]
 
 
 def test_positions_summed(quick):
@@ -529,7 +554,7 @@ def test_positions_summed(quick):
     assert all(size % n_pos == 0 for size in circuit["circuits"]["features"]["relp"]["sizes"])
     listed = [(u["node"], u["layer"], u["unit"]) for u in circuit["strongest"]]
     assert listed == sorted(sums, key=lambda u: -abs(sums[u]))[:5] and len(set(listed)) == 5
-    assert {u["role"] for u in circuit["strongest"]} == {"all"} and all(u["fires_most_on"] for u in circuit["strongest"])  # fmt: skip
+    assert all(u["role"] == "all" and u["fires_most_on"] for u in circuit["strongest"])
 
 
 @pytest.mark.parametrize("of", ["held-out", "discovery"])
@@ -565,7 +590,8 @@ def test_metric_and_thresholds(quick, toy):
     for (node, layer, pos, i), score in units(circuit).items():
         wanted = scores[node, layer].mean(0)[pos, -1 if i == "error" else i]
         assert score == pytest.approx(float(wanted), abs=1e-6, rel=1e-3)
-    assert summary["structures"]["across_pp"]["discovery"]["original"] == pytest.approx(float(original.mean()), rel=1e-5)  # fmt: skip
+    found = summary["structures"]["across_pp"]["discovery"]
+    assert found["original"] == pytest.approx(float(original.mean()), rel=1e-5)
 
 
 def test_nodes(quick):
@@ -576,9 +602,14 @@ def test_nodes(quick):
 
 
 def test_what_is_run(quick, monkeypatch):
-    """Every circuit that is run: nested, its complement the rest, none in the first third of the layers, errors as the variant says."""
-    ran = []
-    monkeypatch.setattr(relp, "run_circuit", lambda *a, run_circuit=relp.run_circuit: ran.append(a[5]) or run_circuit(*a))  # fmt: skip
+    """Every circuit that is run: nested, its complement the rest, no layer of the first third, the variant's errors."""
+    ran, run_circuit = [], relp.run_circuit
+
+    def noted(model, tokens, answers, saes, means, circuit, metric):
+        ran.append(circuit)
+        return run_circuit(model, tokens, answers, saes, means, circuit, metric)
+
+    monkeypatch.setattr(relp, "run_circuit", noted)
     circuit, _ = quick()
     n_layers, ran = 4, iter(ran)
     for variant, of in circuit["circuits"].items():
@@ -589,12 +620,13 @@ def test_what_is_run(quick, monkeypatch):
         for size in dict.fromkeys(sizes):  # circuits of equal size are equal, and run once
             now, rest = next(ran), next(ran)
             assert {layer for _, layer in now} == set(range(1, n_layers)) and now.keys() == rest.keys()
-            assert {node for node, _ in now} == ({"mlp_hidden"} if variant == "mlp_neurons" else {"attn_out", "mlp_out", "resid_post"})  # fmt: skip
+            nodes = {"mlp_hidden"} if variant == "mlp_neurons" else {"attn_out", "mlp_out", "resid_post"}
+            assert {node for node, _ in now} == nodes
             assert sum(int(c.sum()) for c in now.values()) == size
             for (node, layer), c in now.items():
                 assert (c[:, :-1] ^ rest[node, layer][:, :-1]).all()  # each feature is in one of the two
                 assert larger is None or not (c & ~larger[node, layer]).any()
-                removed = "neurons" not in variant and node in removed_errors(variant)
+                removed = "neurons" not in variant and node in REMOVED_ERRORS[variant]
                 either = c[:, -1] ^ rest[node, layer][:, -1]
                 assert not (c[:, -1] | rest[node, layer][:, -1]).any() if removed else either.all()
             larger = now
@@ -602,32 +634,29 @@ def test_what_is_run(quick, monkeypatch):
 
 
 def test_prompts_from_a_file(quick, toy, tmp_path):
-    """Lines as feature-circuits has them. What this tokenizer does not align is skipped, and of two lengths the larger group taken."""
-    nouns, rows = [forms for forms in tasks.NOUNS[:20]], []
+    """Lines as feature-circuits has them. What this tokenizer does not align is skipped; the larger group is taken."""
+    nouns, rows = tasks.NOUNS[:20], []
     for (one, many), (other, _) in zip(nouns, nouns[1:] + nouns[:1]):
         texts = f"The {one} near the {other}", f"The {many} near the {other}"
         for (clean, patch), (right, wrong) in ((texts, (" has", " have")), (texts[::-1], (" have", " has"))):
-            rows.append({"clean_prefix": clean, "patch_prefix": patch, "clean_answer": right, "patch_answer": wrong, "case": "x"})  # fmt: skip
+            row = {"clean_prefix": clean, "patch_prefix": patch, "clean_answer": right, "patch_answer": wrong}
+            rows.append({**row, "case": "x"})
+    good = jsonl(tmp_path / "good.jsonl", *rows)
     rows[3:3] = [
         {**rows[0], "clean_prefix": "The zebra near the car"},  # not a word of the toy's
         {**rows[0], "clean_answer": " remembers"},
         {**rows[0], "clean_prefix": "The athlete", "patch_prefix": "The athletes"},  # another length
     ]
     # without --structures, which a file has no use for
-    circuit, summary = quick("--prompts", jsonl(tmp_path / "nouns.jsonl", *rows), "--n", 10, folder="toy-neox-nouns", structure="nouns")  # fmt: skip
+    arguments = ["--prompts", jsonl(tmp_path / "nouns.jsonl", *rows), "--pairs", 10]
+    circuit, summary = quick(*arguments, folder="toy-neox-nouns", structure="nouns")
     assert circuit["structure"] == "nouns" and list(summary["structures"]) == ["nouns"]
-    assert [r.strip() for r in circuit["roles"][1:]] == [
-        "The",
-        "2",
-        "near",
-        "the",
-        "5",
-    ]  # words where they do not change
+    # words where they do not change
+    assert [r.strip() for r in circuit["roles"][1:]] == ["The", "pos 2", "near", "the", "pos 5"]
     model, saes, tokenizer = toy
-    good = [r for r in rows if r["clean_prefix"].count(" ") == 4 and "zebra" not in r["clean_prefix"] and r["clean_answer"] != " remembers"]  # fmt: skip
-    pairs = tasks.read_pairs(jsonl(tmp_path / "good.jsonl", *good), tokenizer)
-    discovery, _ = tasks.split(pairs, 10, 4, 0)
+    discovery, _ = tasks.split(tasks.read_pairs(good, tokenizer), 10, 4, 0)
     scores = relp.attribute_features(model, *tensors(discovery), saes, lrp=True)
+    assert units(circuit)
     for (node, layer, pos, i), score in units(circuit).items():
         wanted = scores[node, layer].mean(0)[pos, -1 if i == "error" else i]
         assert score == pytest.approx(float(wanted), abs=1e-5, rel=1e-3)
@@ -650,13 +679,57 @@ def test_figures_of_several_structures(run, tmp_path):  # noqa: F811
     assert len(set(means)) == 3
 
 
-# ---------------------------------------------------------------------------------------------------------
+def test_the_units_that_are_drawn(run, monkeypatch):  # noqa: F811
+    """Exactly those that the chosen circuit counts, so none in the layers that are not judged."""
+    drawn, draw = [], circuit_figures.circuits
+
+    def noted(title, structures, labels):
+        drawn.append((structures, draw(title, structures, labels)))
+        return drawn[0][1]
+
+    monkeypatch.setattr(circuit_figures, "circuits", noted)
+    code, _, err = run("--task", "sva", *BASE, "--structures", "simple,across_pp")
+    assert (code, err) == (0, [])
+    (structures, figure), *others = drawn
+    assert list(structures) == ["simple", "across_pp"] and not others
+    for (name, s), ax in zip(structures.items(), figure.axes):
+        scores, threshold = s.features["relp"], s.chosen.threshold
+        strong = {
+            (key, pos, i): abs(score)
+            for key, of_node in scores.items()
+            for pos, row in enumerate(of_node.tolist())
+            for i, score in enumerate(row)
+            if abs(score) > threshold
+        }
+        judged = {unit: size for unit, size in strong.items() if unit[0][1] >= 1}
+        assert s.first_layer == 1 and 20 < len(judged) < len(strong)  # there are some in layer 0
+        assert set(s.chosen.units) == judged.keys() and len(s.chosen.units) == len(judged) == s.chosen.size
+        sizes = [judged[unit] for unit in s.chosen.units]
+        assert sizes == sorted(sizes, reverse=True)
+
+        # what the figure shows: of each node and position the first few, and how many more there are
+        cells, wanted, more = {}, Counter(), []
+        for key, pos, i in s.chosen.units:
+            cells.setdefault((key, pos), []).append("err" if i == scores[key].shape[1] - 1 else str(i))
+        for ((node, layer), _), units_there in cells.items():
+            shown = units_there[: circuit_figures.PER_CELL]
+            wanted.update((f"{layer} {node}", text) for text in shown)
+            more += [f"+{len(units_there) - len(shown)}"] * (len(units_there) > len(shown))
+        rows = [text.get_text() for text in ax.get_yticklabels()]
+        texts = [(rows[round(text.xy[1])], text.get_text()) for text in ax.texts]
+        assert Counter(text for text in texts if text[1][0] != "+") == wanted
+        assert sorted(text for _, text in texts if text[0] == "+") == sorted(more)
+        assert len(ax.collections) + sum(int(text) for text in more) == s.chosen.size
+        assert f"{name}: {s.chosen.size} units from layer 1 on" in ax.get_title()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # AP of features
 
 
 def test_ap_of_features(quick, toy):
-    """AP's scores are relp.patch_features' averages; its cost, the runs that were edited; the agreement with it, by hand."""
-    circuit, summary = quick("--methods", "ap,relp", "--nodes", "mlp_out", "--thresholds", "1e-4,1,5", "--n", 4)
+    """AP's scores are relp.patch_features' averages; its cost, the edited runs; the agreement with it, by hand."""
+    circuit, summary = quick("--methods", "ap,relp", "--nodes", "mlp_out", "--thresholds", "1e-4,1,5", "--pairs", 4)
     model, saes, tokenizer = toy
     saes = {key: sae for key, sae in saes.items() if key[0] == "mlp_out"}
     discovery = tensors(tasks.sva(tokenizer, "across_pp", 4, 4)[0])
@@ -669,7 +742,7 @@ def test_ap_of_features(quick, toy):
         wanted = {"ap": float(ap[key][at]), "relp": float(relps[key][at])}
         assert u["scores"] == pytest.approx(wanted, abs=1e-5, rel=1e-3)
 
-    # an edited run for every feature, and error, that differs; none at the positions of the last layer that are not read
+    # an edited run for every feature, and error, that differs; none at the last layer's positions that are not read
     _, acts = relp.record(model, discovery[0], {"mlp_out"})
     _, patch_acts = relp.record(model, discovery[1], {"mlp_out"})
     edited, last = 0, model.config.n_layers - 1
@@ -691,15 +764,15 @@ def test_ap_of_features(quick, toy):
     assert 0 < int((~there).sum())  # or else it would not matter
 
 
-def test_ap_alone(quick):
+def test_ap_by_itself(quick):
     """It scores features only, so that there are no circuits of neurons; everything else is there."""
-    circuit, summary = quick("--methods", "ap", "--nodes", "mlp_out", "--n", 2)
+    circuit, summary = quick("--methods", "ap", "--nodes", "mlp_out", "--pairs", 2)
     assert circuit["drawn"]["method"] == "ap" and list(circuit["circuits"]["features"]) == ["ap"]
     assert not circuit["circuits"]["neurons"] and not summary["faithfulness"]["mlp_neurons"]
     assert summary["differences"] == {} and summary["structures"]["across_pp"]["agreement"] == {}
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Bad input: exit code 2 and one line on stderr that names what is wrong
 
 
@@ -722,9 +795,9 @@ def refused(run, tmp_path):  # noqa: F811
     (["--structures", ""], ["structure", "''"]),
     (["--means", "median"], ["means", "median", "held-out", "discovery"]),
     (["--held-out", "0"], ["--held-out", "0"]),
-    (["--n", "0"], ["--n", "0"]),
+    (["--pairs", "0"], ["--pairs", "0"]),
     (["--top", "0"], ["--top", "0"]),
-    (["--n", "100000"], ["within_rc", "100000", "N2"]),
+    (["--pairs", "100000"], ["within_rc", "100000", "N2"]),
     (["--held-out", "100000"], ["within_rc", "100000"]),
     (["--thresholds", "1,2"], ["--thresholds", "LOW,HIGH,COUNT", "'1,2'"]),
     (["--thresholds", "0,1,3"], ["--thresholds", "0,1,3"]),
@@ -742,11 +815,15 @@ def refused(run, tmp_path):  # noqa: F811
     (["--prompts", "missing.jsonl"], ["--structures", "no meaning with --prompts"]),
 ], ids=label)  # fmt: skip
 def test_arguments(arguments, words, refused):
-    message = refused("--task", "sva", "--n", 2, "--held-out", 2, "--structures", "within_rc", "--methods", "relp", *arguments)  # fmt: skip
+    few = ["--pairs", 2, "--held-out", 2, "--structures", "within_rc", "--methods", "relp"]
+    message = refused("--task", "sva", *few, *arguments)
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("option, value", [("structures", "simple"), ("held-out", "5"), ("saes", "x"), ("means", "discovery"), ("thresholds", "1,2,3"), ("top", "3"), ("sum-positions", None)])  # fmt: skip
+OF_SVA = {"structures": "simple", "held-out": "5", "saes": "x", "means": "discovery", "thresholds": "1,2,3", "top": "3"}
+
+
+@pytest.mark.parametrize("option, value", [*OF_SVA.items(), ("sum-positions", None)])
 def test_options_of_the_other_task(option, value, refused):
     message = refused("--task", "ioi", f"--{option}", *[value] * (value is not None))
     assert f"--{option} has no meaning with --task ioi" in message
@@ -769,22 +846,27 @@ def test_saes_that_do_not_fit(kind, refused, tmp_path):
     else:
         folder.mkdir()
         words = ["saes", "no SAEs"]
-    message = refused("--task", "sva", "--n", 2, "--held-out", 2, "--saes", folder)
+    message = refused("--task", "sva", "--pairs", 2, "--held-out", 2, "--saes", folder)
     assert all(word in message for word in words), message
 
 
 ROW = {"clean_prefix": "The athlete", "patch_prefix": "The athletes", "clean_answer": " has", "patch_answer": " have"}
 
 
+EVERY_ANSWER = [
+    {**ROW, "clean_answer": f" {a}", "patch_answer": f" {b}"} for a, b in tasks.AUXILIARIES + tasks.VERBS[:5]
+]
+
+
 @pytest.mark.parametrize("rows, words", [
     ([ROW, {**ROW, "clean_prefix": "The zebra"}, {**ROW, "clean_answer": " xylophones"}], ["4 pairs", "has 1"]),
     ([{**ROW, "clean_prefix": "The zebra"}], ["no pairs", "1 lines"]),
     ([ROW, {"clean_prefix": "The"}], ["line 2", "patch"]),
-    ([{**ROW, "clean_answer": f" {a}", "patch_answer": f" {b}"} for a, b in tasks.AUXILIARIES + tasks.VERBS[:5]], ["too many", "share no prompt"]),
+    (EVERY_ANSWER, ["too many", "share no prompt"]),
 ], ids=["aligned", "none aligned", "fields", "one family"])  # fmt: skip
 def test_prompt_files(rows, words, refused, tmp_path):
     file = jsonl(tmp_path / "bad.jsonl", *rows)
-    message = refused("--task", "sva", "--prompts", file, "--n", 2, "--held-out", 2, "--methods", "relp")
+    message = refused("--task", "sva", "--prompts", file, "--pairs", 2, "--held-out", 2, "--methods", "relp")
     assert all(word in message for word in words), message
 
 

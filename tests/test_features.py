@@ -34,7 +34,7 @@ def test_features_and_error_add_up_to_the_node(model, saes, pair, lrp):
 
 
 def test_a_features_score_is_the_derivative(model, saes, pair):
-    """AtP's against central finite differences: a sliver of the feature's difference, written along its decoder direction."""
+    """AtP's against central finite differences: a sliver of the feature's difference, along its decoder direction."""
     original, patch, answers = pair
     got, step = relp.attribute_features(model, *pair, saes), 1e-5
     nodes = {name for name, _ in saes}
@@ -46,9 +46,9 @@ def test_a_features_score_is_the_derivative(model, saes, pair):
         for pos in (3, 8):
             for i in (got[key][:, pos].abs().sum(0).argmax(), -1):
 
-                def metric(by):
+                def metric(by, key=key, x=x, pos=pos, move=moves[:, pos, i]):
                     moved = x.clone()
-                    moved[:, pos] += by * moves[:, pos, i]
+                    moved[:, pos] += by * move
                     stream, _ = relp.record(model, original, nodes, replace={key: moved.view_as(acts[key])})
                     return relp.read_out(model, stream, answers)
 
@@ -57,7 +57,7 @@ def test_a_features_score_is_the_derivative(model, saes, pair):
 
 
 def test_integrated_gradients_sum_to_the_effect(model, saes, pair):
-    """Completeness: over positions and features they approach, as the steps grow, the effect of patching the node everywhere."""
+    """Completeness: summed up they approach, as the steps grow, the effect of patching the node everywhere."""
     few, many = (relp.attribute_features(model, *pair, saes, steps=steps) for steps in (20, 400))
     nodes = {name for name, _ in saes}
     _, patch_acts = relp.record(model, pair[1], nodes)
@@ -70,8 +70,7 @@ def test_integrated_gradients_sum_to_the_effect(model, saes, pair):
 
 
 def test_integrated_gradients_passes(model, saes, pair, monkeypatch):
-    calls = []
-    grad = torch.autograd.grad
+    calls, grad = [], torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
     relp.attribute_features(model, *pair, saes, steps=10)
     assert len(calls) == 10 * len(saes)
@@ -95,13 +94,39 @@ def test_patching_a_feature_is_its_definition(model, saes, pair):
         for pos in (2, 3, 7):
             for i in (*range(0, n, 5), n):
                 moved = x.clone()
-                moved[:, pos] += (
-                    sae.error(y)[:, pos] - sae.error(x)[:, pos] if i == n else features[:, pos, i, None] * sae.W_dec[i]
-                )
+                error_moves = (sae.error(y) - sae.error(x))[:, pos]
+                moved[:, pos] += error_moves if i == n else features[:, pos, i, None] * sae.W_dec[i]
                 stream, _ = relp.record(model, original, nodes, replace={key: moved.view_as(acts[key])})
-                torch.testing.assert_close(
-                    got[key][:, pos, i], relp.read_out(model, stream, answers) - base, atol=1e-12, rtol=0
-                )
-        if key != ("resid_post", 2):  # behind the last block, only the last position counts
+                effect = relp.read_out(model, stream, answers) - base
+                torch.testing.assert_close(got[key][:, pos, i], effect, atol=1e-12, rtol=0)
+        if key != ("resid_post", 2):  # after the last block, only the last position counts
             assert got[key][:, 3:, :-1].abs().max() > 1e-6 and got[key][:, 3:, -1].abs().max() > 1e-6
         assert (got[key][:, :, :-1][features == 0] == 0).all()
+
+
+@pytest.mark.parametrize("how", [{}, {"lrp": True}, {"steps": 2}], ids=["atp", "relp", "ig"])
+def test_scores_need_no_gradient(model, saes, pair, how):
+    """Not even if the SAE's own weights do, as they would in training: no graph is kept, and nobody gets a gradient."""
+    plain = relp.attribute_features(model, *pair, saes, **how)
+    weights = [getattr(sae, name) for sae in saes.values() for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
+    for weight in weights:
+        weight.requires_grad_()
+    got = relp.attribute_features(model, *pair, saes, **how)
+    assert got.keys() == saes.keys()
+    for key in saes:
+        assert not got[key].requires_grad and torch.equal(got[key], plain[key])
+    assert all(weight.grad is None for weight in weights)
+    assert not any(scores.requires_grad for scores in relp.patch_features(model, *pair, saes).values())
+
+
+def test_an_sae_is_what_has_encode_and_w_dec(model, saes, pair):
+    """Nothing else of it is used: scores are the same with a bare object in its place."""
+
+    class Bare:
+        def __init__(self, sae):
+            self.encode, self.W_dec = sae.encode, sae.W_dec
+
+    bare = {key: Bare(sae) for key, sae in saes.items()}
+    for function in (relp.attribute_features, relp.patch_features):
+        got, wanted = function(model, *pair, bare), function(model, *pair, saes)
+        assert all(torch.equal(got[key], wanted[key]) for key in saes)

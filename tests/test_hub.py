@@ -1,4 +1,4 @@
-"""The download path, against a small server on loopback that speaks the Hub's protocol; and the real GPT-2 with RELP_HUB=1.
+"""The download path, against a small server on loopback that speaks the Hub's protocol; real GPT-2 with RELP_HUB=1.
 
 Most tests point huggingface_hub (its constants: it reads the environment once, when it is imported) at the server and
 stay in this process; those about `evaluate.py` start it as a user would, with HF_ENDPOINT in the environment.
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,20 +22,21 @@ from conftest import CHECKPOINTS
 from safetensors.torch import load_file, save_file
 
 import relp
-from models import MissingFile, Rules, from_pretrained, load_tokenizer
+from models import MissingFile, Rules, from_pretrained
+from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The server
 
 
 class Hub:
     """Serves directories as repositories: hub.repos["owner/name"] = directory.
 
-    HEAD and GET of /{owner}/{name}/resolve/main/{file}, with the headers that huggingface_hub reads. As on the real Hub,
-    large files (here: weights) are redirected to another host, whose address carries no repository.
+    HEAD and GET of /{owner}/{name}/resolve/main/{file}, with the headers that huggingface_hub reads. As on the real
+    Hub, large files (here: weights) are redirected to another host, whose address carries no repository.
     hub.faults["owner/name"] or hub.faults["owner/name", "file"] is a function(handler) that answers instead; hub.log
     lists the requests.
     """
@@ -68,11 +70,8 @@ class Hub:
         self.log.append((request.command, request.path))
         cdn = request.path.startswith("/cdn/")
         parts = request.path.removeprefix("/cdn").split("/")[1:]
-        if len(parts) < 5 or parts[2:4] != [
-            "resolve",
-            "main",
-        ]:  # what the client asks besides, such as /api/agent-harnesses
-            return refuse(404)(request)
+        if len(parts) < 5 or parts[2:4] != ["resolve", "main"]:
+            return refuse(404)(request)  # what the client asks besides, such as /api/agent-harnesses
         repo, name = "/".join(parts[:2]), "/".join(parts[4:])
         fault = self.faults.get((repo, name), self.faults.get(repo))
         if fault and (cdn or not getattr(fault, "cdn_only", False)):
@@ -85,17 +84,13 @@ class Hub:
         content = file.read_bytes()
         etag = hashlib.sha256(content).hexdigest()
         if file.suffix in (".safetensors", ".bin") and not cdn:
-            location = f"http://localhost:{self.port}/cdn{request.path}"
-            reply(
-                request,
-                302,
-                {
-                    "Location": location,
-                    "X-Repo-Commit": self.commit,
-                    "X-Linked-Etag": f'"{etag}"',
-                    "X-Linked-Size": len(content),
-                },
-            )
+            headers = {
+                "Location": f"http://localhost:{self.port}/cdn{request.path}",
+                "X-Repo-Commit": self.commit,
+                "X-Linked-Etag": f'"{etag}"',
+                "X-Linked-Size": len(content),
+            }
+            reply(request, 302, headers)
         else:
             reply(request, 200, {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit}, content)
 
@@ -135,17 +130,24 @@ def cut_short(request):
     reply(request, 200, {"ETag": '"e"'}, b"x" * 100)
 
 
-hang_up_in_download, cut_off_download = lambda r: hang_up(r), lambda r: cut_off(r)
+def hang_up_in_download(request):
+    hang_up(request)
+
+
+def cut_off_download(request):
+    cut_off(request)
+
+
 for fault in (hang_up_in_download, cut_off_download, cut_short):
     fault.cdn_only = True  # strikes the file itself; what the Hub says about it is right
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Its checkpoints
 
 
 def tiny_tokenizer(folder):
-    """A byte-level BPE, trained on a few words, in the files that its GPT-2 kind has: tokenizer.json and tokenizer_config.json."""
+    """A byte-level BPE, trained on a few words, as tokenizer.json and tokenizer_config.json of GPT-2's kind."""
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
@@ -190,7 +192,7 @@ def folders(tmp_path_factory):
 
 @contextmanager
 def client(monkeypatch, url, cache):
-    """huggingface_hub in this process talks to `url`, keeps its files in `cache`, and does not wait between its attempts."""
+    """huggingface_hub here talks to `url`, keeps its files in `cache`, and does not wait between its attempts."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
@@ -208,7 +210,7 @@ def client(monkeypatch, url, cache):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path, folders):
-    """A server with the repositories tiny/whole, tiny/sharded, ...; huggingface_hub looks there, with an empty cache."""
+    """A server with the repositories tiny/whole, tiny/sharded, ...; huggingface_hub looks there, its cache is empty."""
     server = Hub()
     server.repos.update({f"tiny/{kind}": folder for kind, folder in folders.items()})
     with client(monkeypatch, server.url, tmp_path / "cache"):
@@ -227,7 +229,7 @@ def same_as(folder, name):
     assert here.encode(TEXT) == there.encode(TEXT) and here.bos_id == there.bos_id == 0
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # What works
 
 
@@ -239,12 +241,9 @@ def test_a_repository_is_its_directory(kind, hub, folders):
 def test_only_what_is_needed_is_downloaded_once(hub, folders):
     from_pretrained("tiny/whole")
     load_tokenizer("tiny/whole")
-    assert {path.split("/")[-1] for command, path in hub.log if command == "GET" and "/resolve/" in path} == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    needed = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    got = [path for command, path in hub.log if command == "GET" and "/resolve/" in path]
+    assert {path.split("/")[-1] for path in got} == needed
     hub.log.clear()
     same_as(folders["whole"], "tiny/whole")
     assert {command for command, _ in hub.log} == {"HEAD"}  # asks whether anything has changed
@@ -303,7 +302,7 @@ def test_a_checkpoint_without_tokenizer(hub, folders, tmp_path):
         load_tokenizer("tiny/mute")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # What does not, in one line
 
 
@@ -324,7 +323,7 @@ def says(name, *words, load=from_pretrained):
 @pytest.mark.parametrize("load", [from_pretrained, load_tokenizer])
 def test_missing_repository(answer, load, hub):
     hub.faults["tiny/absent"] = answer
-    error = says("tiny/absent", "no repository on the Hub", load=load)
+    error = says("tiny/absent", "neither a directory", "nor a repository on the Hub", load=load)
     assert not isinstance(error, MissingFile)
 
 
@@ -396,7 +395,7 @@ def test_no_server_at_all(hub):
 
 
 def test_the_network_goes_between_two_files(hub):
-    """A tokenizer file that could not be asked for is not one that the repository lacks: another BOS would be taken, or none."""
+    """A tokenizer file that could not be asked for is not one that the repository lacks: BOS would be the wrong one."""
     hub.faults["tiny/whole", "tokenizer_config.json"] = refuse(500)
     says("tiny/whole", "tokenizer_config.json", load=load_tokenizer)
 
@@ -417,18 +416,24 @@ def test_names_that_are_no_repositories(name, hub):
     assert not any("/resolve/" in path for _, path in hub.log)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line, as a user starts it
 
 
 def evaluate(*arguments, hub_url, home, **environment):
     """Runs evaluate.py with huggingface_hub's waits cut to nothing (a full retry takes 23 seconds)."""
-    start = "import runpy, sys, time; time.sleep = lambda s: None; sys.argv[0] = 'evaluate.py'; sys.path.insert(0, '.'); runpy.run_path('evaluate.py', run_name='__main__')"
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) and not k.upper().endswith("_PROXY")
-    }
+    start = """
+import runpy, sys, time
+time.sleep = lambda s: None
+sys.argv[0] = "evaluate.py"
+sys.path.insert(0, ".")
+runpy.run_path("evaluate.py", run_name="__main__")
+"""
+
+    def is_foreign(key):
+        return key.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) or key.upper().endswith("_PROXY")
+
+    env = {key: value for key, value in os.environ.items() if not is_foreign(key)}
     env |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         [sys.executable, "-c", start, *map(str, arguments)],
@@ -490,13 +495,13 @@ def test_evaluate_downloads_and_then_works_from_the_cache(hub, folders, pairs_fi
         remote.unlink()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The reference notebook, in its own terms
 #
-# The notebook patches the other way round. It has eight prompts, 2k and 2k+1 each other's partner; for prompt i it *runs
-# on the partner* ("corrupted") and patches activations of the *listed* prompt ("clean") into that run. So in our terms
-# original = the partner and patch = the listed prompt. Its metric asks for the listed prompt's answer, ours for the
-# original's: metric_notebook = -metric, prompt by prompt. It averages over the prompts and rescales so that the
+# The notebook patches the other way round. It has eight prompts, 2k and 2k+1 each other's partner; for prompt i it
+# *runs on the partner* ("corrupted") and patches activations of the *listed* prompt ("clean") into that run. So in our
+# terms original = the partner and patch = the listed prompt. Its metric asks for the listed prompt's answer, ours for
+# the original's: metric_notebook = -metric, prompt by prompt. It averages over the prompts and rescales so that the
 # corrupted run scores 0 and the clean run 1:
 #
 #     score_notebook = mean_i(-score_i) / (clean - corrupted) = mean_i(score_i) / mean_i(metric_patch - metric_original)
@@ -519,14 +524,11 @@ TOLERANCE = 2e-4
 
 
 def our_pairs(prompts, answers):
-    """The notebook's prompts [n, pos] and answers [n, (right, wrong)], as token ids, as our (original, patch, answers)."""
+    """The notebook's prompts [n, pos] and answers [n, (right, wrong)], token ids, as our (original, patch, answers)."""
     partner = [i ^ 1 for i in range(len(prompts))]
     assert answers[partner].equal(answers.flip(1))
-    return (
-        prompts[partner],
-        prompts,
-        answers.flip(1),
-    )  # the original's answer is the partner's: the listed prompt's wrong one
+    # the original's answer is the partner's: the listed prompt's wrong one
+    return prompts[partner], prompts, answers.flip(1)
 
 
 def notebook_scores(model, prompts, answers, run, nodes):
@@ -541,8 +543,7 @@ def notebook_scores(model, prompts, answers, run, nodes):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """(our model, transformers' model, prompts, answers): a random GPT-2 and prompts in partners, of which one token differs."""
-    import transformers
+    """(our model, transformers' model, prompts, answers): a random GPT-2, and partners of which one token differs."""
     from conftest import hf_model
 
     hf = hf_model("gpt2").double()
@@ -556,13 +557,16 @@ def small(tmp_path_factory):
 
 
 def folded(hf):
-    """A copy of transformers' GPT-2, processed as TransformerLens does: LayerNorm folded, writing weights and unembedding centred."""
+    """A copy of transformers' GPT-2 as TransformerLens makes it: LayerNorm folded, what writes and unembeds centred."""
     import copy
+
+    def centre(x):
+        return x - x.mean(-1, keepdim=True)
 
     hf = copy.deepcopy(hf)
     hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.clone())  # untied
     hf.config.tie_word_embeddings = False
-    t, centre = hf.transformer, lambda x: x - x.mean(-1, keepdim=True)
+    t = hf.transformer
     with torch.no_grad():
         for p in (t.wte.weight, t.wpe.weight):
             p.copy_(centre(p))
@@ -573,7 +577,7 @@ def folded(hf):
                 norm.weight.fill_(1), norm.bias.zero_()
             for writer in (block.attn.c_proj, block.mlp.c_proj):
                 writer.weight.copy_(centre(writer.weight)), writer.bias.copy_(centre(writer.bias))
-        # the final bias moves into an unembedding bias, which GPT-2 lacks: kept in the norm, divided by its new weight of 1
+        # the final bias moves into an unembedding bias, which GPT-2 lacks: kept in the norm, divided by its new weight
         hf.lm_head.weight *= t.ln_f.weight
         t.ln_f.bias /= t.ln_f.weight
         t.ln_f.weight.fill_(1)
@@ -582,7 +586,7 @@ def folded(hf):
 
 
 def test_patching_everything_scores_1(small):
-    """The prompts differ in one token: patched in front of the first block, it makes the corrupted run the clean one."""
+    """The prompts differ in one token: patched before the first block, it makes the corrupted run the clean one."""
     model, _, prompts, answers = small
     score = notebook_scores(model, prompts, answers, NOTEBOOK_RUNS["activation_patching"], ["resid_pre"])["resid_pre"]
     expected = torch.zeros(7, dtype=torch.float64)
@@ -592,7 +596,7 @@ def test_patching_everything_scores_1(small):
 
 
 def test_notebook_scores_agree_with_the_notebooks_own_way(small):
-    """The notebook's loops, written out for transformers' model, folded and centred: its direction, its metric, its mean."""
+    """The notebook's loops for transformers' model, folded and centred: its direction, its metric, its mean."""
     model, hf, prompts, answers = small
     hf, partner = folded(hf), [1, 0, 3, 2]
     with torch.no_grad():
@@ -605,22 +609,22 @@ def test_notebook_scores_agree_with_the_notebooks_own_way(small):
 
     def run(tokens, edit):
         """Logit difference with edit(node, layer, activation) put in the place of every activation it returns."""
+
+        def swap(node, layer, x):
+            new = edit(node, layer, x[0] if isinstance(x, tuple) else x)
+            if new is None:
+                return x
+            return (new, *x[1:]) if isinstance(x, tuple) else new
+
         handles = []
         for node, part in parts.items():
             for layer in range(3):
                 module, pre = part(layer)
-                swap = lambda x, node=node, layer=layer: (
-                    x
-                    if (new := edit(node, layer, x[0] if isinstance(x, tuple) else x)) is None
-                    else (new, *x[1:])
-                    if isinstance(x, tuple)
-                    else new
-                )
-                handles.append(
-                    module.register_forward_pre_hook(lambda m, x, swap=swap: swap(x))
-                    if pre
-                    else module.register_forward_hook(lambda m, i, x, swap=swap: swap(x))
-                )
+                put = partial(swap, node, layer)
+                if pre:
+                    handles.append(module.register_forward_pre_hook(lambda m, x, put=put: put(x)))
+                else:
+                    handles.append(module.register_forward_hook(lambda m, i, x, put=put: put(x)))
         logits = hf(tokens).logits[:, -1]
         for handle in handles:
             handle.remove()
@@ -632,6 +636,10 @@ def test_notebook_scores_agree_with_the_notebooks_own_way(small):
     def keep(node, layer, x):
         corrupted_cache[node, layer] = x
         x.retain_grad()
+
+    def patch(key, pos, node, layer, x):
+        if (node, layer) == key:
+            return torch.cat([x[:, :pos], clean_cache[key][:, pos : pos + 1], x[:, pos + 1 :]], 1)
 
     corrupted = run(prompts[partner], keep)
     corrupted.backward()
@@ -646,13 +654,8 @@ def test_notebook_scores_agree_with_the_notebooks_own_way(small):
             wanted = (delta * corrupted_cache[node, layer].grad).sum((0, 2)) / scale
             torch.testing.assert_close(atp[node][layer], wanted, atol=1e-9, rtol=0)
             for pos in range(7):
-
-                def patch(n, l, x):
-                    if (n, l) == (node, layer):
-                        return torch.cat([x[:, :pos], clean_cache[n, l][:, pos : pos + 1], x[:, pos + 1 :]], 1)
-
                 with torch.no_grad():
-                    wanted = (run(prompts[partner], patch) - corrupted) / scale
+                    wanted = (run(prompts[partner], partial(patch, (node, layer), pos)) - corrupted) / scale
                 torch.testing.assert_close(ap[node][layer, pos], wanted.detach(), atol=1e-9, rtol=0)
 
 
@@ -691,6 +694,5 @@ def test_gpt2_gives_the_notebooks_numbers():
         wanted = {node: torch.tensor(values) for node, values in NOTEBOOK[name].items()}
         scores = notebook_scores(model, prompts, answers, run, list(wanted))
         for node in wanted:
-            torch.testing.assert_close(
-                scores[node], wanted[node], atol=TOLERANCE, rtol=0, msg=lambda m: f"{name}, {node}: {m}"
-            )
+            off = (scores[node] - wanted[node]).abs().max()
+            assert off <= TOLERANCE, f"{name}, {node}: off by {off:.3g}"

@@ -1,5 +1,6 @@
 """Every family against transformers, and the loading of checkpoints as they are found in the wild."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -35,7 +36,10 @@ def test_bfloat16_stays_close(name, checkpoint, tokens):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_run_can_be_resumed_in_the_middle(name, checkpoint, tokens):
-    """block() from a position on, with the keys and values before it from the hook, is the rest of the run; `last` its last row."""
+    """block() from a position on, with the earlier keys and values from the hook, is the rest of the run.
+
+    With `last` it is the last position of that.
+    """
     model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
     kept = {}
 
@@ -45,9 +49,10 @@ def test_a_run_can_be_resumed_in_the_middle(name, checkpoint, tokens):
 
     stream = model.stream(tokens, hook=keep)
     for start in (0, 4, 10):
-        past = lambda node, layer, value: (
-            torch.cat([kept[node, layer][:, :start], value], 1) if node in ("k", "v") else value
-        )
+
+        def past(node, layer, value, start=start):
+            return torch.cat([kept[node, layer][:, :start], value], 1) if node in ("k", "v") else value
+
         x = kept["resid_pre", 1][:, start:]
         for layer in (1, 2):
             last = model.block(layer, x, hook=past, start=start, last=True)
@@ -70,16 +75,18 @@ def test_every_node_passes_through_the_hook(name, checkpoint, tokens):
     torch.testing.assert_close(model(tokens, hook=look), plain)
     assert seen == [(layer, node) for layer in range(model.config.n_layers) for node in model.nodes]
     assert ("resid_mid" in model.nodes) == (name != "neox")
-    for node in model.nodes:
-        for layer in range(model.config.n_layers):
-            changed = model(tokens, hook=lambda n, l, v: v.flip(-1) if (n, l) == (node, layer) else v)
-            assert (changed - plain).abs().max() > 1e-4, (node, layer)
+    for key in itertools.product(model.nodes, range(model.config.n_layers)):
+
+        def flip(node, layer, value, key=key):
+            return value.flip(-1) if (node, layer) == key else value
+
+        assert (model(tokens, hook=flip) - plain).abs().max() > 1e-4, key
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_attn_out_and_mlp_out_are_what_is_added_to_the_stream(name, checkpoint, tokens):
     model, kept = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64), {}
-    model(tokens, hook=lambda n, l, v: kept.setdefault((n, l), v))
+    model(tokens, hook=lambda node, layer, value: kept.setdefault((node, layer), value))
     for layer in range(model.config.n_layers):
         total = kept["resid_pre", layer] + kept["attn_out", layer] + kept["mlp_out", layer]
         torch.testing.assert_close(kept["resid_post", layer], total)
@@ -153,13 +160,25 @@ def test_dtype_and_gradients(checkpoint):
     assert not model.training
 
 
-# ---------------------------------------------------------------------------------------------------------
+def test_shard_gets_the_model_before_its_weights(checkpoint, tokens):
+    """Whoever shares the weights out over several processes must come before they are read."""
+    path, got = str(checkpoint("llama")[0]), []
+
+    def shard(model):
+        got.append(model)
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+
+    model = from_pretrained(path, shard=shard)
+    assert got == [model] and torch.equal(model(tokens), from_pretrained(path)(tokens))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints in the wild
 
 
 @pytest.fixture
 def copied(checkpoint, tmp_path):
-    """copied(name, config={changed fields}, tensors=function of the tensors) -> a directory with that checkpoint, changed."""
+    """copied(name, config={changed fields}, tensors=function of the tensors) -> a folder: that checkpoint, changed."""
 
     def copy(name, config=None, tensors=None, without=()):
         path = tmp_path / name
@@ -192,8 +211,14 @@ def test_to_checkpoint_is_the_inverse_of_loading(name, checkpoint):
     ("neox-sequential", {"rotary_pct": 1.0, "rotary_emb_base": 500}, ["rope_parameters"]),
     ("qwen2", {"rope_theta": 10000.0}, ["rope_parameters", "layer_types"]),
     ("qwen2-mha-tied-window", {"rope_theta": 10000.0}, ["rope_parameters", "layer_types"]),
-    ("gemma2", {"rope_theta": 10000.0, "hidden_act": "gelu_pytorch_tanh"}, ["rope_parameters", "layer_types", "tie_word_embeddings", "hidden_activation"]),
-    ("llama3", {"rope_theta": 5e4, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}}, ["rope_parameters"]),
+    (
+        "gemma2", {"rope_theta": 10000.0, "hidden_act": "gelu_pytorch_tanh"},
+        ["rope_parameters", "layer_types", "tie_word_embeddings", "hidden_activation"],
+    ),
+    (
+        "llama3", {"rope_theta": 5e4, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}},
+        ["rope_parameters"],
+    ),
 ])  # fmt: skip
 def test_configurations_as_transformers_4_wrote_them(name, config, without, checkpoint, copied, tokens):
     assert same_logits(copied(name, config, without=without), checkpoint(name)[0], tokens)
@@ -205,10 +230,24 @@ def test_rope_scaling_matters(checkpoint, copied, tokens):
     )
 
 
+def old_gpt2(tensors):
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    return {k.removeprefix("transformer."): v for k, v in tensors.items()} | masks
+
+
+def old_neox(tensors):
+    buffers = {
+        "bias": torch.ones(1, 1, 64, 64),
+        "masked_bias": torch.tensor(-1e9),
+        "rotary_emb.inv_freq": torch.ones(4),
+    }
+    return tensors | {f"gpt_neox.layers.1.attention.{k}": v for k, v in buffers.items()}
+
+
 @pytest.mark.parametrize("name, change", [
-    ("gpt2", lambda t: {k.removeprefix("transformer."): v for k, v in t.items()} | {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}),
+    ("gpt2", old_gpt2),
     ("gpt2", lambda t: t | {"lm_head.weight": t["transformer.wte.weight"].clone()}),
-    ("neox", lambda t: t | {"gpt_neox.layers.1.attention.bias": torch.ones(1, 1, 64, 64), "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9), "gpt_neox.layers.1.attention.rotary_emb.inv_freq": torch.ones(4)}),
+    ("neox", old_neox),
     ("llama", lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
 ])  # fmt: skip
 def test_old_buffers_and_prefixes(name, change, checkpoint, copied, tokens):
@@ -233,12 +272,27 @@ def test_sharded_and_pickled_checkpoints(name, checkpoint, tokens, tmp_path):
     assert same_logits(pickled, path, tokens)
 
 
+LAYER = "model.layers."
+
+
 @pytest.mark.parametrize("message, change", [
-    (r"lacks 1 tensors: model.layers.1.mlp.up_proj.weight", lambda t: {k: v for k, v in t.items() if k != "model.layers.1.mlp.up_proj.weight"}),
-    (r"unexpected 1 tensors: model.layers.0.extra", lambda t: t | {"model.layers.0.extra": torch.ones(1)}),
-    (r"norm.weight has the shape \[31\], config.json asks for \[32\]", lambda t: t | {"model.norm.weight": torch.ones(31)}),
-    (r"unexpected 1 tensors: model.layers.3.mlp.up_proj.weight", lambda t: t | {"model.layers.3.mlp.up_proj.weight": torch.ones(1)}),
-    (r"unexpected 1 tensors: model.layers.0.self_attn.q_proj.bias", lambda t: t | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
+    (
+        "lacks 1 tensors: model.layers.1.mlp.up_proj.weight",
+        lambda t: {k: v for k, v in t.items() if k != LAYER + "1.mlp.up_proj.weight"},
+    ),
+    ("unexpected 1 tensors: model.layers.0.extra", lambda t: t | {LAYER + "0.extra": torch.ones(1)}),
+    (
+        r"norm.weight has the shape \[31\], config.json asks for \[32\]",
+        lambda t: t | {"model.norm.weight": torch.ones(31)},
+    ),
+    (
+        "unexpected 1 tensors: model.layers.3.mlp.up_proj.weight",
+        lambda t: t | {LAYER + "3.mlp.up_proj.weight": torch.ones(1)},
+    ),
+    (
+        "unexpected 1 tensors: model.layers.0.self_attn.q_proj.bias",
+        lambda t: t | {LAYER + "0.self_attn.q_proj.bias": torch.ones(32)},
+    ),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(message, change, copied):
     with pytest.raises(ValueError, match=message):
@@ -278,14 +332,5 @@ def test_a_pickle_with_code_in_it_is_not_run(checkpoint, tmp_path):
 
 
 def test_short_names_cover_the_papers_models():
-    assert {
-        "gpt2",
-        "gpt2-medium",
-        "gpt2-large",
-        "gpt2-xl",
-        "pythia-70m",
-        "pythia-410m",
-        "qwen2-0.5b",
-        "qwen2-7b",
-        "gemma2-2b",
-    } < SHORT_NAMES.keys()
+    papers = "gpt2 gpt2-medium gpt2-large gpt2-xl pythia-70m pythia-410m qwen2-0.5b qwen2-7b gemma2-2b"
+    assert set(papers.split()) < SHORT_NAMES.keys()

@@ -1,4 +1,4 @@
-"""Sparse autoencoders: encode and decode by hand, the three published layouts read back, and every way for them to be wrong."""
+"""Sparse autoencoders: encode and decode by hand, the three published layouts read back, and all that can be wrong."""
 
 import json
 import zipfile
@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from test_hub import Hub, client, reply
 
-from models import SAE, from_pretrained, load_saes
+from models import from_pretrained
+from support.saes import SAE, load_saes
 
 D, N, LAYERS = 32, 50, 3  # of the tiny checkpoints
 ALL = [("resid_pre", 0)] + [(node, layer) for layer in range(LAYERS) for node in ("attn_out", "mlp_out", "resid_post")]
@@ -17,7 +18,10 @@ ALL = [("resid_pre", 0)] + [(node, layer) for layer in range(LAYERS) for node in
 
 def random_sae(seed, d=D, jump=False, centred=True):
     g = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=g)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
     return SAE(normal(d, N), normal(N), normal(N, d), normal(d), normal(N).abs() * 3 if jump else None, centred)
 
 
@@ -38,7 +42,7 @@ def same(read, written):
     assert read.centred == written.centred
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Writers of the published layouts
 
 
@@ -73,11 +77,10 @@ def write_saelens(root, key, sae, new=True, folder=None, edit=dict, **fields):
         "normalize_activations": "none",
     }
     where = {"hook_name": hook, "model_name": "tiny", "hook_head_index": None}
-    cfg = (
-        {**cfg, "metadata": where}
-        if new
-        else {**cfg, **where, "activation_fn_str": "relu", "finetuning_scaling_factor": False}
-    )
+    if new:
+        cfg["metadata"] = where
+    else:
+        cfg |= {**where, "activation_fn_str": "relu", "finetuning_scaling_factor": False}
     (folder / "cfg.json").write_text(json.dumps({**cfg, **fields}))
     tensors = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     tensors |= {} if sae.threshold is None else {"threshold": sae.threshold}
@@ -108,7 +111,7 @@ def dictionaries(root):
     return saes
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The class
 
 
@@ -119,9 +122,8 @@ def test_encode_and_decode_are_their_formulas(jump, centred):
     f, x_hat = sae.encode(x), sae.decode(sae.encode(x))
     for b, t in ((0, 0), (1, 4)):
         for i in range(0, N, 7):
-            pre = (
-                sum((x[b, t, j] - (sae.b_dec[j] if centred else 0)) * sae.W_enc[j, i] for j in range(D)) + sae.b_enc[i]
-            )
+            inputs = (x[b, t, j] - (sae.b_dec[j] if centred else 0) for j in range(D))
+            pre = sum(x_j * sae.W_enc[j, i] for j, x_j in enumerate(inputs)) + sae.b_enc[i]
             expected = pre if pre > (sae.threshold[i] if jump else 0) else torch.tensor(0.0)
             torch.testing.assert_close(f[b, t, i], expected, rtol=1e-4, atol=1e-4)
         expected = sum(f[b, t, i] * sae.W_dec[i] for i in range(N)) + sae.b_dec
@@ -152,7 +154,7 @@ def test_a_gradient_goes_through_the_features():
     torch.testing.assert_close(grad, (f > 0).float() @ sae.W_enc.T)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # What works
 
 
@@ -161,9 +163,8 @@ def test_dictionary_learning(source, model, tmp_path):
     written, folder = dictionaries(tmp_path / "in"), tmp_path / "in" / "dictionaries" / "pythia-70m-deduped"
     (tmp_path / "published").mkdir()
     archive = zipped(tmp_path / "in", tmp_path / "published" / "dictionaries.zip")
-    path = {"folder": folder, "folder above": tmp_path / "in", "zip": archive, "folder with a zip": archive.parent}[
-        source
-    ]
+    paths = {"folder": folder, "folder above": tmp_path / "in", "zip": archive, "folder with a zip": archive.parent}
+    path = paths[source]
     read = load_saes(str(path), model)
     assert list(read) == ALL  # by layer, in the order of the data flow
     for key in ALL:
@@ -231,15 +232,16 @@ def test_gemma_scope(gemma, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_the_dtype_is_the_one_asked_for(dtype, model, tmp_path):
-    write_saelens(
-        tmp_path, ("mlp_out", 1), random_sae(0), edit=lambda tensors: {k: v.half() for k, v in tensors.items()}
-    )
+    def half(tensors):
+        return {name: x.half() for name, x in tensors.items()}
+
+    write_saelens(tmp_path, ("mlp_out", 1), random_sae(0), edit=half)
     sae = load_saes(str(tmp_path), model, dtype)["mlp_out", 1]
     assert sae.W_enc.dtype == sae.b_dec.dtype == dtype and torch.equal(sae.W_enc, random_sae(0).W_enc.half().to(dtype))
 
 
 class SAEHub(Hub):
-    """The Hub, which lists the files of a repository as well: GET /api/models/{owner}/{name}/tree/main?recursive=True."""
+    """The Hub, which lists a repository's files as well: GET /api/models/{owner}/{name}/tree/main?recursive=True."""
 
     def answer(self, request):
         parts = request.path.split("?")[0].split("/")
@@ -292,7 +294,7 @@ def test_a_repository_of_one_zip(hub, model, tmp_path):
         same(read[key], written[key])
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # What does not: one line that names the file and what is expected
 
 
@@ -305,7 +307,7 @@ def refused(source, model, *words, **options):
 
 def test_no_such_source(model, hub, tmp_path):
     refused("nowhere", model, "'nowhere'", "a directory, a zip archive, or a Hub repository")
-    refused("tiny/absent", model, "tiny/absent", "no repository on the Hub")
+    refused("tiny/absent", model, "tiny/absent is neither a directory here nor a repository on the Hub")
     hub.close()
     refused("tiny/absent", model, "tiny/absent", "not in the cache and the Hub cannot be asked")
     (tmp_path / "empty").mkdir()
@@ -341,7 +343,9 @@ def test_two_saes_of_one_node(model, tmp_path):
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
 def test_wrong_shapes(name, model, tmp_path):
-    cut = lambda tensors, key: {**tensors, key: tensors[key][..., :-1].clone()}
+    def cut(tensors, key):
+        return {**tensors, key: tensors[key][..., :-1].clone()}
+
     theirs = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "bias"}[name]
     write_dictionary(tmp_path / "a", ("mlp_out", 0), random_sae(0), edit=lambda t: cut(t, theirs))
     refused(tmp_path / "a", model, "ae.pt", theirs, "is expected")
@@ -359,7 +363,9 @@ def test_another_models_width(model, gemma, tmp_path):
 
 
 def test_missing_tensors(model, gemma, tmp_path):
-    without = lambda name: lambda tensors: {k: v for k, v in tensors.items() if k != name}
+    def without(name):
+        return lambda tensors: {k: v for k, v in tensors.items() if k != name}
+
     write_dictionary(tmp_path / "a", ("mlp_out", 0), random_sae(0), edit=without("encoder.bias"))
     refused(tmp_path / "a", model, "ae.pt has no tensor encoder.bias", "decoder.weight")
     write_saelens(tmp_path / "b", ("mlp_out", 0), random_sae(0), edit=without("W_dec"))
@@ -418,13 +424,8 @@ def test_code_in_a_file_is_not_run(model, gemma, tmp_path):
 
     write_dictionary(tmp_path / "a", ("mlp_out", 0), random_sae(0), edit=lambda t: {**t, "bias": Evil()})
     refused(tmp_path / "a", model, "ae.pt cannot be read")
-    write_scope(
-        tmp_path / "b",
-        "mlp",
-        0,
-        random_sae(0, jump=True),
-        edit=lambda a: {**a, "b_dec": np.array([Evil()], dtype=object)},
-    )
+    evil = np.array([Evil()], dtype=object)
+    write_scope(tmp_path / "b", "mlp", 0, random_sae(0, jump=True), edit=lambda arrays: {**arrays, "b_dec": evil})
     refused(tmp_path / "b", gemma, "params.npz cannot be read")
     assert not (tmp_path / "ran").exists()
 

@@ -3,16 +3,15 @@
 import importlib.util
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tasks
-from tasks import AUXILIARIES, NOUNS, PREPOSITIONS, SVA_STRUCTURES, VERBS, Pair, largest_group, read_pairs, split, sva
 from test_tasks import Real, Words
+
+import tasks
+from support.tokenizer import load_tokenizer
+from tasks import AUXILIARIES, NOUNS, PREPOSITIONS, SVA_STRUCTURES, VERBS, Pair, largest_group, read_pairs, split, sva
 
 ROOT = Path(tasks.__file__).parent
 ROLES = {
@@ -56,6 +55,7 @@ def check(pairs, structure, tokenizer):
             assert (o["P"],) * 2 in PREPOSITIONS
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Words
 
 
@@ -83,17 +83,17 @@ def test_the_lists_begin_with_the_words_of_the_toy_models():
 
 def test_of_the_other_words_the_toy_tokenizer_keeps_none():
     """It makes every beginning of a word a token, also those that the models never saw; none may be in a prompt."""
-    models = pytest.importorskip("models")
     if not (ROOT / "toy" / "neox").is_dir():
         pytest.skip("no toy model")
-    tokenizer = models.load_tokenizer("toy-neox")
+    tokenizer = load_tokenizer("toy-neox")
     for words, known in ((NOUNS, 20), (VERBS, 10), (AUXILIARIES, 3), (PREPOSITIONS, 5)):
-        assert [forms for forms in words if len(tasks._one_token(tokenizer, forms)) == 2] == words[:known]
+        assert [forms for forms in words if len(tasks.one_token(tokenizer, forms)) == 2] == words[:known]
     for structure in SVA_STRUCTURES:  # the default sizes
         for pairs in sva(tokenizer, structure):
             check(pairs, structure, tokenizer)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Pairs
 
 
@@ -175,9 +175,10 @@ def test_real_tokenizers(name, structure):
             assert p.original[0] == p.patch[0] == real.bos_id
             assert list(p.original[1:]) == real.encode(real.decode(p.original[1:]))
     for words in (NOUNS, VERBS, AUXILIARIES, PREPOSITIONS):
-        assert sum(len(tasks._one_token(real, forms)) == 2 for forms in words) >= 0.9 * len(words)
+        assert sum(len(tasks.one_token(real, forms)) == 2 for forms in words) >= 0.9 * len(words)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Few words
 
 
@@ -248,6 +249,7 @@ def test_unknown_structure():
         sva(Words(), "abc")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Splitting any pairs, such as a file's
 
 
@@ -257,9 +259,9 @@ def pair(original, patch, answers=(8, 9)):
 
 def test_split_keeps_pairs_with_a_common_prompt_together():
     chain = [pair(1, 2), pair(3, 4), pair(4, 2), pair(2, 1)]  # 1-2-4-3
-    alone = [pair(5, 6), pair(7, 8)]
+    single = [pair(5, 6), pair(7, 8)]
     for seed in range(20):
-        a, b = split(chain + alone + alone, 4, 2, seed)  # what is given twice counts once
+        a, b = split(chain + single + single, 4, 2, seed)  # what is given twice counts once
         assert sorted(map(len, (a, b))) == [2, 4] and not prompts(a) & prompts(b)
         assert set(a) == set(chain) or set(b) <= set(chain)
 

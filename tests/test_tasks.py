@@ -20,7 +20,7 @@ ROLES = {
 
 
 class Words:
-    """One token per word (with its space) or mark. Ids are given out as words are met, or from `vocab` alone."""
+    """One token per word (with its space) or mark. Ids are given out as words are met, or are those of `vocab`."""
 
     bos_id = 0
 
@@ -48,7 +48,7 @@ class Words:
 
 
 class Real:
-    """A `tokenizers` tokenizer behind the interface that tasks.py asks for."""
+    """A tokenizer of `tokenizers` with the methods that tasks.py asks for."""
 
     def __init__(self, name):
         tokenizers = pytest.importorskip("tokenizers")
@@ -74,6 +74,11 @@ def real(request):
     return Real(request.param)
 
 
+def filled(template, words):
+    """A template's text with words in its slots."""
+    return re.sub(r"\[(\w+)\]", lambda m: words[m[1]], template)
+
+
 def slots(pair, prompt, tokenizer):
     """The word at each slot of a prompt."""
     return {
@@ -83,6 +88,7 @@ def slots(pair, prompt, tokenizer):
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # IOI
 
 
@@ -112,8 +118,7 @@ def test_swap_is_the_default_and_exchanges_the_names_everywhere():
         assert o["B1"] == o["S2"] != o["A"]
         assert q == {**o, "B1": o["A"], "A": o["B1"], "S2": o["A"]}
         assert t.decode(p.answers[:1]) == " " + o["A"] and t.decode(p.answers[1:]) == " " + o["B1"]
-        text = re.sub(r"\[(\w+)\]", lambda m: o[m[1]], tasks.TEMPLATES[i % 3])
-        assert t.decode(p.original) == "<bos>" + text
+        assert t.decode(p.original) == "<bos>" + filled(tasks.TEMPLATES[i % 3], o)
         assert o["B1"] in NAMES and o["A"] in NAMES and o["PLACE"] in PLACES and o["OBJECT"] in OBJECTS
     assert ioi(t, 30) == ioi(t, 30, corruption="swap")
 
@@ -134,8 +139,7 @@ def test_real_tokenizers_align(real, corruption):
         assert len(p.original) == len(p.patch) == len(p.roles)
         assert p.original[0] == p.patch[0] == real.bos_id and real.bos_id not in p.original[1:]
         for prompt in (p.original, p.patch):
-            words = slots(p, prompt, real)
-            text = re.sub(r"\[(\w+)\]", lambda m: words[m[1]], tasks.TEMPLATES[i % 3])
+            text = filled(tasks.TEMPLATES[i % 3], slots(p, prompt, real))
             assert list(prompt[1:]) == real.encode(text)
         o = slots(p, p.original, real)
         assert [real.decode([a]) for a in p.answers] == [" " + o["A"], " " + o["B1"]]
@@ -143,7 +147,7 @@ def test_real_tokenizers_align(real, corruption):
 
 def test_most_words_survive_in_real_tokenizers(real):
     for words in (NAMES, PLACES, OBJECTS):
-        assert len(tasks._one_token(real, words)) >= 0.8 * len(words)
+        assert len(tasks.one_token(real, words)) >= 0.8 * len(words)
     assert ioi(real, 2000)[1999].group == "template 2"  # thousands of prompts
 
 
@@ -233,6 +237,7 @@ def test_a_tokenizer_that_merges_words_is_refused():
         ioi(Merging(), 3)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 LINE = dict(original="The cat", patch="The cats", original_answer=" is", patch_answer=" are")

@@ -1,4 +1,4 @@
-"""models.Tokenizer against the `tokenizers` package, id for id.
+"""support.tokenizer.Tokenizer against the `tokenizers` package, id for id.
 
 GPT-2's and GPT-NeoX's published files are used where they lie beside the repository. The other kinds (Qwen2, Llama 3,
 Gemma, Llama 2) are trained here, small, on made-up text of the same sort as they are then compared on.
@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Reference
 
-from models import Tokenizer
+from support.tokenizer import Tokenizer
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "tokenizers"
 CONTRACTION, REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -27,9 +27,11 @@ FRAGMENTS = (
 When Mary and John went to the store§, John gave a drink to§The keys that the man near the cabinet holds§are§is§haha
 don't§I'LL§we've§they'd§she's§IT'S§o'clock§'tis§rock'n'roll§naïve café§def f(x, *, y=0):§return {'a': [1, 2]}§banana
 if (a<=b && !c) { i++; }§// comment§/* x */§#include <stdio.h>§https://example.org/a?b=c&d=%20e§snake_case§CamelCase
-Привет, мир§сегодня§你好，世界§今天天气很好§日本語のテスト§مرحبا بالعالم§नमस्ते दुनिया§क्षत्रिय§สวัสดีชาวโลก§한국어§שלום§Ελληνικά
+Привет, мир§сегодня§你好，世界§今天天气很好§日本語のテスト§مرحبا بالعالم§नमस्ते दुनिया§क्षत्रिय§สวัสดีชาวโลก§한국어§שלום
+Ελληνικά
 😀§👩‍👩‍👧‍👦§🏳️‍🌈§👍🏽§🇫🇷§❤️§∑∂√∞§≠§½§٣٤٥§Ⅷ§１２３§0§7§42§1984§123456789§3.14159§1,000,000§$5.00§50%§…§—§“quoted”§'§"
-e\u0301§n\u0303o§a\u030a§\u1112\u1161\u11ab§o\u0302\u0301§A\u030a\u212b§\u0e33§ﬁ§ſ'ſ§K'ſ§\u200b§\u00a0§\u3000§\u2028§\x85§\x00§\x7f§\ufeff§aaaa
+e\u0301§n\u0303o§a\u030a§\u1112\u1161\u11ab§o\u0302\u0301§A\u030a\u212b§\u0e33§ﬁ§ſ'ſ§K'ſ§\u200b§\u00a0§\u3000§\u2028§\x85
+\x00§\x7f§\ufeff§aaaa
 \U00010348§\U0001f9ff§▁§a▁b§<0x0A>§<0xE2>§<|endoftext|>§<|padding|>§<bos>§<s>§<|im_start|>user§<unk>§zqx§ qzqzq§qzqzqs
 """.strip("\n")
     .replace("\n", "§")
@@ -70,7 +72,8 @@ def both(spec: dict, directory: Path) -> tuple[Reference, Tokenizer]:
     return Reference.from_str(json.dumps(spec)), Tokenizer.from_files(save(directory, tokenizer=spec))
 
 
-# ---- the published tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+# The published tokenizers
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gpt-neox-20b"])
@@ -106,7 +109,8 @@ def test_published_gpt2_by_heart():
     assert [ours.decode([i]) for i in (15496, 995, 50256, 126)] == ["Hello", " world", END, "�"]
 
 
-# ---- small tokenizers of each kind, as the dict that their tokenizer.json holds
+# ---------------------------------------------------------------------------------------------------------------------
+# Small tokenizers of each kind, as the dict that their tokenizer.json holds
 
 GPT2_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
@@ -262,7 +266,8 @@ def test_unknown_characters_fall_back_to_bytes(tmp_path):
         assert ours.decode(ids) == "a" + char and "�" in ours.decode(ids[:-1])
 
 
-# ---- added tokens, BOS, files
+# ---------------------------------------------------------------------------------------------------------------------
+# Added tokens, BOS, files
 
 
 @pytest.mark.parametrize("prefix_space", [False, True])
@@ -328,7 +333,7 @@ def test_bos(special, config, bos, tmp_path):
     files = save(tmp_path, tokenizer=plain(*special), **({} if config is None else {"tokenizer_config": config}))
     ours = Tokenizer.from_files(files)
     assert ours.bos_id == bos and ours.n_vocab == 100 + len(special)
-    assert ours.encode("ab" + special[-1]) == [64, 65, 99 + len(special)]  # and no BOS in front
+    assert ours.encode("ab" + special[-1]) == [64, 65, 99 + len(special)]  # and no BOS before it
 
 
 FALLBACK = {"vocab": {"a": 0}, "merges": [], "byte_fallback": True}

@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
+import train
+
 import relp
-from models import from_pretrained, load_saes, load_tokenizer
+import tasks
+from models import from_pretrained
+from support.saes import load_saes
+from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-sys.path.insert(0, str(ROOT / "toy"))
-import train  # noqa: E402
 
 TOYS = ["gpt2", "neox", "qwen2", "gemma2"]
 
@@ -35,11 +39,9 @@ def test_transformers_can_open_them(toy):
     text = "Then, Mary and John went to the store. Mary gave a book to"
     theirs = transformers.AutoTokenizer.from_pretrained(ROOT / "toy" / toy)
     tokenizer = load_tokenizer(f"toy-{toy}")
-    assert (
-        tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
-        and len(tokenizer.encode(text)) == 15
-    )
-    tokens = torch.tensor([[tokenizer.bos_id] + tokenizer.encode(text)])
+    ids = tokenizer.encode(text)
+    assert ids == theirs(text, add_special_tokens=False)["input_ids"] and len(ids) == 15
+    tokens = torch.tensor([[tokenizer.bos_id] + ids])
     hf = transformers.AutoModelForCausalLM.from_pretrained(
         ROOT / "toy" / toy, dtype=torch.float32, attn_implementation="eager"
     )
@@ -48,7 +50,10 @@ def test_transformers_can_open_them(toy):
 
 
 def test_the_saes_explain_what_the_readme_says():
-    """On rows of the corpus that they have not seen: variance explained, features at work, and the model's loss with all spliced in."""
+    """On rows of the corpus that they have not seen.
+
+    The variance that they explain, the features at work, and the model's loss with all of them spliced in.
+    """
     import random
 
     import torch.nn.functional as F
@@ -57,19 +62,22 @@ def test_the_saes_explain_what_the_readme_says():
     saes, rows = load_saes(str(ROOT / "toy" / "saes" / "neox"), model), train.training_rows(random.Random(99), 64, 24)
     _, acts = relp.record(model, rows, {name for name, _ in saes})
     for key, sae in saes.items():
-        x = acts[key][:, 1:]  # behind the BOS, whose activations are always the same
+        x = acts[key][:, 1:]  # after the BOS, whose activations are always the same
         f = sae.encode(x)
         assert 8 < (f > 0).sum(-1).float().mean() < 24, key
         assert sae.error(x).square().sum() / (x - x.mean((0, 1))).square().sum() < 0.06, key
-    spliced = lambda name, layer, x: (
-        saes[name, layer].decode(saes[name, layer].encode(x)) if (name, layer) in saes else x
-    )
-    loss = lambda logits: F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+
+    def spliced(name, layer, x):
+        return saes[name, layer].decode(saes[name, layer].encode(x)) if (name, layer) in saes else x
+
+    def loss(logits):
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+
     assert loss(model(rows, hook=spliced)) < loss(model(rows)) + 0.4
 
 
 def test_a_model_can_be_trained(tmp_path):
-    """The script runs as documented; three steps are enough to see that it learns and that what it saves can be read."""
+    """The script runs as documented; three steps are enough to see that what it saves can be read."""
     record = train.train("qwen2", 0, 3, 4e-3, tmp_path)
     assert not record["passes"] and record["steps"] == 3
     model = from_pretrained(str(tmp_path))
@@ -91,38 +99,63 @@ def test_training_prompts_hold_out_what_is_tested():
 
 
 def test_the_first_command_of_the_readme(tmp_path):
-    """`python evaluate.py` prints the table that the README shows: the same correlations and accuracies."""
+    """`python evaluate.py` prints the correlations that the README shows: as its output, and in a table below."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, ROOT / "evaluate.py", "--out", tmp_path], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert result.returncode == 0 and result.stderr == ""
-    overview = lambda text: [
-        (m[1], [float(x) for x in m[2].split()]) for m in re.finditer(r"^ *(toy-\w+) +((?:-?[\d.]+ *){6})$", text, re.M)
-    ]
-    shown, printed = overview(README), overview(result.stdout)
+
+    def overview(text):
+        found = re.finditer(r"^ *(toy-\w+) +((?:-?[\d.]+ *){6})$", text, re.M)
+        return [(m[1], [float(x) for x in m[2].split()]) for m in found]
+
+    printed = overview(result.stdout)
     assert [name for name, _ in printed] == ["toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2"]
-    assert shown == [(name, pytest.approx(values, abs=0.002)) for name, values in printed]
+    wanted = [(name, pytest.approx(values, abs=0.002)) for name, values in printed]
+    assert overview(README) == wanted
+    assert overview(README.replace("|", " ")) == 2 * wanted
     for name in ("pcc.png", "toy-gpt2-ioi/heatmaps.png", "toy-gemma2-ioi/summary.json", "toy-qwen2-ioi/scores.npz"):
         assert (tmp_path / name).stat().st_size > 1000
 
 
 def test_the_code_in_the_readme_runs():
-    namespace = {}
+    """Its blocks one after the other: RelP's scores and a forward pass with a hook, then a rule of one's own."""
+    namespace, scores = {}, []
     for code in re.findall(r"```python\n(.*?)```", README, re.S):
-        exec(code.replace('"toy/saes', f'"{ROOT}/toy/saes'), namespace)
-    assert namespace["scores"]["resid_pre"].shape == (1, 4, 16)
-    features = namespace["features"]
+        exec(code, namespace)
+        scores.append(namespace["scores"])
+    by_relp, by_another_rule = scores
+    assert by_relp["resid_pre"].shape == by_relp["mlp_out"].shape == by_another_rule["mlp_out"].shape == (1, 4, 16)
+    assert not torch.allclose(by_relp["mlp_out"], by_another_rule["mlp_out"], atol=1e-3)
+    model, tokens = namespace["model"], namespace["original"]
+    assert namespace["logits"].shape == model(tokens).shape and not torch.equal(namespace["logits"], model(tokens))
+
+
+def test_features_of_the_shipped_saes():
+    model, tokenizer = from_pretrained("toy-neox"), load_tokenizer("toy-neox")
+    saes = load_saes(str(ROOT / "toy" / "saes" / "neox"), model)
+    pairs, _ = tasks.sva(tokenizer, "across_rc", n=100)  # "The athlete that the managers like" -> does
+    batch = (torch.tensor([getattr(p, part) for p in pairs]) for part in ("original", "patch", "answers"))
+    features = relp.attribute_features(model, *batch, saes, lrp=True)
     assert len(features) == 13 and features["resid_post", 2].shape == (100, 7, 513)
 
 
-def test_the_options_in_the_readme_exist():
-    help_text = subprocess.run([sys.executable, ROOT / "evaluate.py", "--help"], capture_output=True, text=True).stdout
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {
-        "--nproc-per-node",
-        "--family",
-        "--grow",
-        "--repeats",
-        "--seed",
-    }:
-        assert option in help_text, option
+HELP = {"README.md": ["evaluate.py"], "toy/README.md": ["evaluate.py", "toy/train.py", "toy/train_saes.py"]}
+HELP |= {f"{folder}/README.md": ["evaluate.py"] for folder in ("beyond", "support")}
+HELP |= {"tests/README.md": ["evaluate.py", "tests/benchmark.py"]}
+
+
+@pytest.mark.parametrize("readme", HELP)
+def test_the_options_in_the_readmes_exist(readme):
+    """Each is an option of the project's command, or of another script that this README is about."""
+
+    def options(text):
+        return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+
+    known = {"--nproc-per-node"}  # torchrun's
+    for script in HELP[readme]:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, ROOT / script, "--help"]
+        known |= options(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+    assert len(known) > 20 and options((ROOT / readme).read_text(encoding="utf-8")) <= known

@@ -1,0 +1,326 @@
+"""Bad input to the command: exit code 2 and one line on stderr that names what is wrong."""
+# ruff: noqa: F811 (fixtures that are imported)
+
+import json
+import os
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_evaluate import IDS, TEXT, jsonl, label, run, tiny  # noqa: F401
+from test_hub import client
+
+import models
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """refused(*arguments) -> the message of a run that must end in exit code 2 and one line."""
+
+    def call(*arguments):
+        code, out, err = run(*arguments)
+        assert code == 2 and len(err) == 1 and err[0].startswith("evaluate.py: error: "), err
+        assert not list((tmp_path / "out").rglob("s*.*"))  # no scores.npz, no summary.json
+        return err[0]
+
+    return call
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--nodes", "resid_pre,resid_mud"], ["node", "resid_mud", "resid_mid"]),
+    (["--nodes", ""], ["node", "''"]),
+    (["--nodes", "mlp"], ["node", "'mlp'"]),
+    (["--methods", "ap,lime"], ["method", "lime", "relp"]),
+    (["--rules", "ln,magic"], ["rule", "magic", "identity"]),
+    (["--rules", "epsilon"], ["epsilon", "number"]),
+    (["--rules", "epsilon=-1"], ["epsilon", "-1"]),
+    (["--rules", "gamma=nan"], ["gamma", "nan"]),
+    (["--rules", "epsilon=1,gamma=1"], ["epsilon", "gamma"]),
+    (["--rules", "ln=2"], ["ln=2"]),
+    (["--rules", "paper,ah"], ["paper"]),
+    (["--metric", "loss"], ["metric", "loss", "prob_diff"]),
+    (["--corruption", "noise"], ["corruption", "noise", "s2"]),
+    (["--dtype", "int8"], ["dtype", "int8", "bfloat16"]),
+    (["--device", "abacus"], ["device", "abacus"]),
+    (["--device", "cuda:99"], ["device", "cuda:99"]),
+    (["--device", "meta"], ["device", "meta"]),
+    (["--pairs", "0"], ["--pairs", "0"]),
+    (["--pairs", "-3"], ["--pairs", "-3"]),
+    (["--pairs", "100000000"], ["n must be", "100000000"]),
+    (["--pairs", "abc"], ["--pairs", "abc"]),
+    (["--seed", "1.5"], ["--seed", "1.5"]),
+    (["--batch-size", "0"], ["--batch-size", "0"]),
+    (["--batch-size", "many"], ["--batch-size", "many"]),
+    (["--task", "sums"], ["task", "sums", "ioi", "sva"]),
+    (["--prompts", "no-such-file.jsonl"], ["no-such-file.jsonl"]),
+    (["--prompts", "."], ["directory"]),
+    (["--frobnicate"], ["--frobnicate"]),
+], ids=label)  # fmt: skip
+def test_arguments(arguments, words, tiny, refused):
+    message = refused("--model", tiny["gpt2"], *arguments)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([], ["no pairs"]),
+    (["", "  "], ["no pairs"]),
+    (["{"], ["line 1", "JSON"]),
+    ([IDS, "[1]"], ["line 2", "object"]),
+    ([IDS, {"original": [1]}], ["line 2", "patch"]),
+    ([{**IDS, "patch": [5, 9]}], ["line 1", "equally many", "4 tokens", "2 tokens"]),
+    ([{**TEXT, "patch_prefix": "Then Mary went to"}], ["line 1", "equally many", "' to'"]),
+    ([{**TEXT, "clean_answer": "has"}], ["line 1", "original_answer", "one token", "3 tokens"]),
+    ([{**IDS, "patch_answer": [1, 2]}], ["line 1", "patch_answer", "2 tokens"]),
+    ([{**IDS, "original": [5, 6, 7, 100000]}], ["line 1", "original", "100000"]),
+    ([{**IDS, "patch_answer": -1}], ["line 1", "patch_answer", "-1"]),
+    ([{**IDS, "original": [5, 6, 7, 1.5]}], ["line 1", "1.5"]),
+    ([{**IDS, "original": [], "patch": []}], ["line 1", "empty"]),
+    ([{**IDS, "patch": IDS["original"]}], ["line 1", "differ"]),
+    ([{**IDS, "patch_answer": 1}], ["line 1", "differ"]),
+    ([{**IDS, "original": "Then"}], ["line 1", "both"]),
+    ([{**IDS, "original": [5] * 41, "patch": [6] * 41}], ["41", "40"]),  # the context
+], ids=label)  # fmt: skip
+def test_prompt_files(rows, words, tiny, refused, tmp_path):
+    message = refused("--model", tiny["gpt2"], "--prompts", jsonl(tmp_path / "bad.jsonl", *rows))
+    assert all(word in message for word in words), message
+
+
+def test_text_without_a_tokenizer(tiny, refused, tmp_path):
+    shutil.copytree(tiny["gpt2"], tmp_path / "mute")
+    (tmp_path / "mute" / "tokenizer.json").unlink()
+    assert "tokenizer" in refused("--model", tmp_path / "mute")
+    assert "tokenizer" in refused("--model", tmp_path / "mute", "--prompts", jsonl(tmp_path / "text.jsonl", TEXT))
+
+
+def test_one_mistake_is_one_line_however_many_models(tiny, refused, tmp_path):
+    both = ["--model", tiny["gpt2"], tiny["gemma2"]]
+    assert "missing.jsonl" in refused(*both, "--prompts", tmp_path / "missing.jsonl")
+    assert "line 1" in refused(*both, "--prompts", jsonl(tmp_path / "bad.jsonl", "{"))
+    assert "n must be" in refused(*both, "--pairs", "100000000")
+
+
+def test_two_models_with_one_name_do_not_overwrite_each_other(tiny, refused, tmp_path):
+    for parent in ("first", "second"):
+        shutil.copytree(tiny["gpt2"], tmp_path / parent / "model")
+    both = [tmp_path / "first" / "model", tmp_path / "second" / "model"]
+    message = refused("--model", *both, "--pairs", 3, "--no-plot")
+    assert all(str(path) in message for path in both) and "one folder" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad checkpoints
+
+
+@pytest.fixture
+def broken(tiny, refused, tmp_path):
+    """broken(change) -> the message about tmp_path/broken, a copy of the gpt2 checkpoint that change(folder) spoils."""
+
+    def call(change):
+        folder = tmp_path / "broken"
+        shutil.copytree(tiny["gpt2"], folder)
+        change(folder)
+        message = refused("--model", folder, "--pairs", 3)
+        assert "broken" in message
+        return message
+
+    return call
+
+
+def config(**fields):
+    def change(folder):
+        old = json.loads((folder / "config.json").read_text()) | fields
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in old.items() if v is not ...}))
+
+    return change
+
+
+def tensors(change):
+    return lambda folder: save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+
+def content(name, text):
+    return lambda folder: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def weights(text):
+    return content("model.safetensors", text)
+
+
+def tokenizer(model, **fields):
+    """A tokenizer.json with a byte-level BPE model of these fields."""
+    spec = {"model": {"type": "BPE", "vocab": {"a": 0}, **model}, "pre_tokenizer": {"type": "ByteLevel"}, **fields}
+    return content("tokenizer.json", json.dumps(spec))
+
+
+def cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickled(state):
+    """Weights in pytorch_model.bin: the bytes as they are, anything else pickled."""
+
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        if isinstance(state, bytes):
+            (folder / "pytorch_model.bin").write_bytes(state)
+        else:
+            torch.save(state, folder / "pytorch_model.bin")
+
+    return change
+
+
+def index(text):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return change
+
+
+WTE = "transformer.wte.weight"
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda folder: shutil.rmtree(folder), ["unknown model"]),
+    (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
+    (lambda folder: (folder / "model.safetensors").unlink(), ["no weights"]),
+    (config(model_type="bert"), ["bert", "gpt2", "llama"]),
+    (config(model_type=...), ["model_type"]),
+    (config(model_type=["gpt2"]), ["model_type"]),
+    (config(n_head=...), ["n_head"]),
+    (config(n_head=0), ["zero"]),
+    (config(n_head=3), ["config.json"]),
+    (config(n_head="two"), ["type"]),
+    (config(n_layer=0), ["n_layers = 0"]),
+    (config(n_layer=-1), ["n_layers = -1"]),
+    (config(n_layer=2.5), ["type"]),
+    (config(n_layer=3), ["lacks", "transformer.h.2"]),
+    (config(n_layer=1), ["unexpected", "transformer.h.1"]),
+    (config(n_embd=-16), ["d_model = -16"]),
+    (config(activation_function="mish"), ["mish", "gelu_new"]),
+    (config(activation_function=["gelu"]), ["activation"]),
+    (config(layer_norm_epsilon="small"), ["eps = 'small'"]),
+    (config(tie_word_embeddings="no"), ["tied = 'no'"]),
+    (config(vocab_size=100), [WTE, "100"]),
+    (content("config.json", "{not json"), ["config.json", "line 1 column 2"]),
+    (content("config.json", "[]"), ["config.json", "object"]),
+    (content("config.json", b"\xff\xfe{"), ["config.json"]),
+    (content("config.json", ""), ["config.json"]),
+    (content("config.json", "[" * 100_000), ["config.json"]),
+    (cut, ["model.safetensors", "corrupt"]),
+    (weights(b""), ["model.safetensors", "corrupt"]),
+    (weights(b"\xff" * 1000), ["model.safetensors", "corrupt"]),
+    (weights("<html>not found</html>"), ["model.safetensors", "corrupt"]),
+    (weights("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"), ["model.safetensors", "corrupt"]),
+    (tensors(lambda t: {k: v for k, v in t.items() if k != WTE}), ["lacks", WTE]),
+    (tensors(lambda t: t | {"transformer.extra": torch.ones(1)}), ["unexpected", "transformer.extra"]),
+    (tensors(lambda t: t | {WTE: torch.ones(3, 16)}), [WTE, "[3, 16]"]),
+    (tensors(lambda t: t | {WTE: torch.full_like(t[WTE], torch.nan)}), ["not finite"]),
+    (index("{}"), ["weight_map"]),
+    (index("no json"), ["index.json"]),
+    (index('{"weight_map": {"a": "gone.safetensors"}}'), ["gone.safetensors"]),
+    (index('{"weight_map": {"a": 1}}'), ["index.json"]),
+    (index('{"weight_map": {"a": ["b"]}}'), ["index.json"]),
+    (index('{"weight_map": {}}'), ["index.json"]),
+    (pickled([torch.ones(2)]), ["pytorch_model.bin"]),
+    (pickled({WTE: "a string"}), ["pytorch_model.bin"]),
+    (pickled({7: torch.ones(2)}), ["pytorch_model.bin"]),
+    (pickled({"model": {WTE: torch.ones(2)}}), ["pytorch_model.bin"]),
+    (pickled(b""), ["pytorch_model.bin"]),
+    (pickled(b"PK\x03\x04" * 50), ["pytorch_model.bin"]),
+    (pickled(b"\x80\x02}q\x00."), ["pytorch_model.bin"]),
+    (pickled(b"<html></html>"), ["pytorch_model.bin"]),
+    (content("tokenizer.json", "{}"), ["tokenizer.json"]),
+    (content("tokenizer.json", "oops"), ["tokenizer.json"]),
+    (content("tokenizer.json", '{"model": {"type": "WordPiece", "vocab": {"a": 0}}}'), ["tokenizer.json", "WordPiece"]),
+    (tokenizer({}), ["tokenizer.json"]),
+    (tokenizer({"vocab": [1], "merges": []}), ["tokenizer.json"]),
+    (tokenizer({"merges": [3]}), ["tokenizer.json"]),
+    (tokenizer({"merges": []}, added_tokens=[{}]), ["tokenizer.json"]),
+    (content("tokenizer_config.json", "oops"), ["tokenizer_config.json"]),
+    (content("tokenizer_config.json", '{"bos_token": ["a"]}'), ["tokenizer"]),
+], ids=label)  # fmt: skip
+def test_checkpoints(change, words, broken):
+    message = broken(change)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("fields", [
+    {"num_key_value_heads": 3}, {"layer_types": ["full_attention"]}, {"rope_parameters": "fast"},
+    {"sliding_window": "wide"}, {"query_pre_attn_scalar": 0}, {"rope_parameters": {"rope_type": "linear"}},
+    {"rope_parameters": {"rope_theta": "big"}}, {"head_dim": 7}, {"attn_logit_softcapping": "x"},
+    {"hidden_size": 10**12}, {"num_hidden_layers": None},
+], ids=str)  # fmt: skip
+def test_configurations(fields, tiny, refused, tmp_path):
+    shutil.copytree(tiny["gemma2"], tmp_path / "broken")
+    config(**fields)(tmp_path / "broken")
+    refused("--model", tmp_path / "broken", "--pairs", 3)
+
+
+def test_ids_that_the_model_does_not_have(tiny, broken):
+    """A tokenizer that is larger than the model's vocabulary, as when special tokens were added."""
+
+    def shrink(folder):
+        config(vocab_size=270)(folder)
+        tensors(lambda t: t | {WTE: t[WTE][:270].clone()})(folder)
+
+    assert "token ids must lie in 0..269" in broken(shrink)
+
+
+def test_pickles(tiny, run, refused, tmp_path):
+    """Weights in pytorch_model.bin are read, in the zip and in the older format; code in it is not run."""
+    for kind, options in (("zip", {}), ("old", {"_use_new_zipfile_serialization": False})):
+        folder = tmp_path / kind
+        shutil.copytree(tiny["gpt2"], folder)
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin", **options)
+        (folder / "model.safetensors").unlink()
+        code, _, err = run("--model", folder, "--pairs", 3, "--no-plot", "--methods", "atp")
+        assert (code, err) == (0, []), kind
+    shutil.rmtree(tmp_path / "out")
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"x": Evil()}, tmp_path / "zip" / "pytorch_model.bin")
+    assert "pytorch_model.bin" in refused("--model", tmp_path / "zip")
+    torch.save({"x": Evil()}, tmp_path / "zip" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert "pytorch_model.bin" in refused("--model", tmp_path / "zip")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "old"])
+def test_damaged_weights(kind, tiny, tmp_path):
+    """A file with a few wrong bytes, or cut anywhere, loads (only numbers have changed) or ends in one line."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny["gpt2"], folder)
+    file = folder / "model.safetensors"
+    if kind != "safetensors":
+        torch.save(load_file(file), folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "zip")
+        file.unlink()
+        file = folder / "pytorch_model.bin"
+    whole, rng, refusals = file.read_bytes(), random.Random(0), 0
+    for _ in range(100):
+        damaged = bytearray(whole)
+        if rng.random() < 0.3:
+            del damaged[rng.randrange(len(whole)) :]
+        else:  # in the header or the directory, at the file's two ends
+            for _ in range(rng.choice([1, 3, 30])):
+                damaged[rng.randrange(-3000, 3000)] = rng.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            models.from_pretrained(str(folder))
+        except ValueError as error:
+            refusals += 1
+            assert "\n" not in str(error) and "damaged" in str(error)
+    assert refusals > 30
+
+
+def test_no_network(refused, monkeypatch, tmp_path):
+    with client(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache"):  # the discard port: closed
+        assert "openai-community/gpt2" in (message := refused("--model", "gpt2")) and "network" in message
+    assert "'gpt5'" in refused("--model", "gpt5")

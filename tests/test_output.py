@@ -1,0 +1,390 @@
+"""What the command writes: folders that cannot be, a full disk, killed runs, and the results of earlier runs."""
+# ruff: noqa: F811 (fixtures that are imported)
+
+import errno
+import io
+import json
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from test_evaluate import IDS, NODES, jsonl, results, run, same, tiny, written  # noqa: F401
+
+import evaluate
+from support import figures
+from support.results import fingerprint
+
+
+def test_output_folders_that_cannot_be(tiny, capsys, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/dev/null", "/proc/results"):
+        assert evaluate.main(["--model", str(tiny["gpt2"]), "--pairs", "3", "--out", str(out)]) == 2
+        printed, err = capsys.readouterr()
+        assert len(err.splitlines()) == 1 and err.startswith("evaluate.py: error:") and str(out) in err
+        assert printed == ""  # before any work
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_models_folder_that_cannot_be(tiny, run, tmp_path):
+    """The second model's folder is a file: the first one's results stay."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "gemma2-ioi").write_text("precious")
+    code, _, err = run("--model", tiny["gpt2"], tiny["gemma2"], "--pairs", 3, "--no-plot")
+    assert code == 2 and len(err) == 1 and "gemma2-ioi" in err[0]
+    assert sorted(p.name for p in (tmp_path / "out" / "gpt2-ioi").iterdir()) == ["scores.npz", "summary.json"]
+    assert (tmp_path / "out" / "gemma2-ioi").read_text() == "precious"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that cannot write, or are stopped
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class FullDisk(io.FileIO):
+    """A file that takes 300 bytes and no more."""
+
+    def write(self, data):
+        if self.tell() + len(data) > 300:
+            full_disk()
+        return super().write(data)
+
+
+CASES = [
+    ("scores.npz", "open"),
+    ("scores.npz", "write"),
+    ("scores.npz", "replace"),
+    ("summary.json", "write"),
+    ("heatmaps.png", "write"),
+    ("pcc.png", "write"),
+]
+
+
+@pytest.mark.parametrize("file, how", CASES)
+def test_a_full_disk_leaves_the_old_files_whole(file, how, tiny, run, tmp_path, monkeypatch):
+    arguments = ["--model", tiny["gpt2"], tiny["gemma2"], "--pairs", 3, "--nodes", "mlp_out"]
+    arguments += [] if file.endswith("png") else ["--no-plot"]
+    assert run(*arguments)[0] == 0
+
+    def files():
+        """{path: content}. A failed run may keep its finished part (unfinished-*) for the next one, which takes it."""
+        every = (path for path in (tmp_path / "out").rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in every if not path.name.startswith("unfinished-")}
+
+    before = files()
+    assert len(before) == (9 if file.endswith("png") else 4)
+
+    def replaced(source, target, replace=os.replace):
+        return full_disk() if file in str(target) else replace(source, target)
+
+    def opened(path, mode="r", *a, open=open, **k):
+        if file not in str(path) or "w" not in mode:
+            return open(path, mode, *a, **k)
+        return full_disk() if how == "open" else FullDisk(path, "w")
+
+    if how == "replace":
+        monkeypatch.setattr(os, "replace", replaced)
+    else:
+        monkeypatch.setattr("builtins.open", opened)
+    code, _, err = run(*arguments, "--seed", 1)
+    assert code == 2 and len(err) == (1 if file == "pcc.png" else 2), err  # one for each model
+    assert all(line.startswith("evaluate.py: error:") and file in line and "No space left" in line for line in err)
+    after = files()
+    assert after.keys() == before.keys()  # no debris
+    assert all(after[path] == before[path] for path in after if path.name == file)
+    monkeypatch.undo()
+    assert run(*arguments, "--seed", 1)[0] == 0
+    assert not list((tmp_path / "out").rglob("unfinished-*")) and not list((tmp_path / "out").rglob(".*"))
+
+
+def test_a_killed_run_leaves_the_old_files_whole(tiny, run, tmp_path, monkeypatch):
+    """An interrupt in the middle of a write: the file of the run before is still there, and no half one."""
+    arguments = ["--model", tiny["gpt2"], "--pairs", 3, "--no-plot"]
+    assert run(*arguments)[0] == 0
+    folder = tmp_path / "out" / "gpt2-ioi"
+    before = (folder / "scores.npz").read_bytes()
+
+    def interrupted(file, **arrays):
+        file.write(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez_compressed", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(*arguments, "--seed", 1)
+    assert (folder / "scores.npz").read_bytes() == before
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_a_damaged_unfinished_file_is_no_obstacle(tiny, run, results, tmp_path, monkeypatch):
+    """A stopped run leaves its finished part for the next one. If that file is damaged, the next one starts afresh."""
+    arguments = ["--pairs", 3, "--nodes", "resid_pre"]
+    _, wanted = results(tiny["gpt2"], *arguments)
+    with monkeypatch.context() as m:
+        m.setattr(np, "savez_compressed", full_disk)
+        assert run("--model", tiny["gpt2"], *arguments, "--no-plot")[0] == 2
+    left = list((tmp_path / "out").rglob("unfinished-*"))
+    assert left
+    for file in left:
+        file.write_bytes(file.read_bytes()[:100])
+    same(results(tiny["gpt2"], *arguments)[1], wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The results of an earlier run in the same folder
+
+
+@pytest.fixture
+def into(tiny, run, tmp_path):
+    """into(*arguments) -> (summary.json, scores.npz, the lines about earlier results) of a run that must end well."""
+
+    def call(*arguments, model=tiny["gpt2"], pairs=6):
+        code, out, err = run("--model", model, "--pairs", pairs, "--no-plot", *arguments)
+        assert (code, err) == (0, [])
+        lines = [line for line in out.splitlines() if line.startswith(f"  {tmp_path}/out/") and " holds " in line]
+        return *written(tmp_path / "out" / f"{model.name}-ioi"), lines
+
+    return call
+
+
+def methods_in(scores):
+    return {key.removesuffix(f"_{node}") for key in scores for node in NODES if key.endswith(f"_{node}")}
+
+
+def test_a_method_is_added_to_those_of_an_earlier_run(tiny, into, run, tmp_path, monkeypatch):
+    """AP and RelP first, the two-point rules later: files, table and figure have all three, as if run together."""
+    before_summary, before, _ = into("--methods", "ap,relp")
+    drawn = []
+
+    def heatmaps(title, scores, methods, nodes, *rest):
+        drawn.append(([method.name for method in methods], scores))
+        return draw(title, scores, methods, nodes, *rest)
+
+    draw = figures.heatmaps
+    monkeypatch.setattr(figures, "heatmaps", heatmaps)
+    code, out, err = run("--model", tiny["gpt2"], "--pairs", 6, "--methods", "twopoint")
+    assert (code, err) == (0, []) and " holds " not in out
+    summary, scores = written(tmp_path / "out" / "gpt2-ioi")
+    assert methods_in(scores) == {"ap", "relp", "twopoint"}
+    same({key: scores[key] for key in before}, before)
+    assert drawn[0][0] == ["ap", "relp", "twopoint"] and drawn[0][1].keys() == {
+        (method, node) for method in ("ap", "relp", "twopoint") for node in NODES
+    }
+    for what in ("ap", "relp"):
+        assert summary["seconds"][what] == before_summary["seconds"][what]
+    assert summary["pcc"]["relp"] == before_summary["pcc"]["relp"]
+    assert summary["audit"]["relp"] == before_summary["audit"]["relp"] and "twopoint" in summary["audit"]
+    assert summary["conservation"] == before_summary["conservation"] is not None
+
+    # the numbers and the table of one run with all three
+    shutil.rmtree(tmp_path / "out")
+    _, at_once, _ = run("--model", tiny["gpt2"], "--pairs", 6, "--methods", "ap,relp,twopoint", "--no-plot")
+    together, wanted = written(tmp_path / "out" / "gpt2-ioi")
+    same(scores, wanted)
+    assert summary["pcc"] == together["pcc"] and summary["differences"] == together["differences"]
+
+    def table(text):  # without the seconds
+        rows = text[text.index("  PCC with AP") : text.index("  written to")].splitlines()
+        return [line[:90].rstrip() for line in rows if not line.startswith("  AP ")]
+
+    assert table(out) == table(at_once) and any(line.startswith("  two-point - RelP") for line in table(out))
+
+
+def test_a_smaller_batch_is_still_the_same_model(into):
+    """Rounding depends on how many prompts go through the model together."""
+    _, before, _ = into("--methods", "ap,relp")
+    _, scores, lines = into("--methods", "atp", "--batch-size", 1)
+    assert lines == [] and methods_in(scores) == {"ap", "atp", "relp"}
+    same({key: scores[key] for key in before if key != "values"}, {k: v for k, v in before.items() if k != "values"})
+
+
+def test_a_method_that_is_run_again_is_replaced(into):
+    _, before, _ = into("--methods", "ap,atp,relp")
+    summary, scores, lines = into("--methods", "atp,relp", "--rules", "none")
+    assert methods_in(scores) == {"ap", "atp", "relp"} and len(lines) == 1 and "relp with other rules" in lines[0]
+    for node in NODES:
+        np.testing.assert_array_equal(scores[f"relp_{node}"], scores[f"atp_{node}"])
+        assert not np.array_equal(scores[f"relp_{node}"], before[f"relp_{node}"])
+        np.testing.assert_array_equal(scores[f"ap_{node}"], before[f"ap_{node}"])
+    assert summary["pcc"]["relp"] == summary["pcc"]["atp"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--seed", 1], "a run on other prompts"),
+    (["--corruption", "s2"], "a run on other prompts"),
+    (["--no-bos"], "a run on other prompts"),
+    (["--metric", "prob_diff"], "a run with another metric"),
+    (["--dtype", "float64"], "a run with another dtype"),
+])  # fmt: skip
+def test_results_of_another_run_are_replaced_with_a_word(arguments, words, into):
+    into("--methods", "ap,relp")
+    summary, scores, lines = into("--methods", "atp", *arguments)
+    assert len(lines) == 1 and words in lines[0] and "this run replaces them" in lines[0]
+    assert methods_in(scores) == {"atp"} and summary["pcc"] == {} and summary["seconds"].keys() == {"atp"}
+
+
+def test_more_pairs_are_other_prompts(into):
+    into("--methods", "ap,relp")
+    _, scores, lines = into("--methods", "atp", pairs=7)
+    assert len(lines) == 1 and "other prompts" in lines[0] and methods_in(scores) == {"atp"}
+
+
+def test_results_of_other_weights_are_replaced_with_a_word(tiny, into, tmp_path):
+    """A model in another folder of the same name, and a model that has changed in its folder."""
+    _, before, _ = into("--methods", "ap,relp")
+    weights = load_file(tiny["gpt2"] / "model.safetensors")
+    weights["transformer.h.1.mlp.c_proj.weight"] *= 1.01
+    shutil.copytree(tiny["gpt2"], tmp_path / "gpt2")
+    save_file(weights, tmp_path / "gpt2" / "model.safetensors")
+    _, scores, lines = into("--methods", "atp", model=tmp_path / "gpt2")
+    assert len(lines) == 1 and "other weights" in lines[0] and "this run replaces them" in lines[0]
+    assert methods_in(scores) == {"atp"}
+    assert np.abs(scores["values"] - before["values"]).max() < 0.1 * np.abs(before["values"]).max()  # nearly the same
+
+
+def test_scores_of_ig_with_other_steps_are_dropped(into):
+    into("--methods", "ap,ig", "--steps", 2)
+    _, scores, lines = into("--methods", "atp", "--steps", 2)
+    assert lines == [] and methods_in(scores) == {"ap", "atp", "ig"}
+    summary, scores, lines = into("--methods", "ap,atp")
+    assert len(lines) == 1 and "ig with other steps" in lines[0] and "drops" in lines[0]
+    assert methods_in(scores) == {"ap", "atp"} and summary["pcc"].keys() == {"atp"}
+    summary, scores, lines = into("--methods", "relp", "--steps", 2)  # the first run's number, but its scores are gone
+    assert lines == [] and methods_in(scores) == {"ap", "atp", "relp"} and summary["pcc"].keys() == {"atp", "relp"}
+
+
+def test_scores_of_relp_with_other_rules_are_dropped(into):
+    """They are not taken for those of the rules that the new run names."""
+    into("--methods", "ap,relp,ln")
+    summary, scores, lines = into("--methods", "ap,atp", "--rules", "ln")
+    assert len(lines) == 1 and "relp with other rules" in lines[0] and "drops" in lines[0]
+    assert methods_in(scores) == {"ap", "atp", "ln"}  # a set of rules in a method's own name stays
+    assert summary["pcc"].keys() == {"atp", "ln"} and summary["conservation"] is None
+    assert summary["audit"].keys() == {"ln"}
+
+
+def test_rules_of_a_run_that_could_not_end(into, run, tiny, monkeypatch):
+    """It has written scores.npz, and not summary.json, which still has the rules of the run before."""
+    into("--methods", "ap,relp")
+    with monkeypatch.context() as m:
+        m.setattr(evaluate.results, "save_json", full_disk)
+        assert run("--model", tiny["gpt2"], "--pairs", 6, "--no-plot", "--methods", "relp", "--rules", "none")[0] == 2
+    summary, scores, _ = into("--methods", "atp")
+    for node in NODES:  # RelP's scores without rules must not be shown as those of the paper's
+        assert f"relp_{node}" not in scores or not np.array_equal(scores[f"relp_{node}"], scores[f"atp_{node}"])
+    assert "relp" not in summary["pcc"] or summary["pcc"]["relp"] != summary["pcc"]["atp"]
+
+
+def test_another_choice_of_nodes_keeps_what_is_there(into):
+    _, before, _ = into("--methods", "ap,relp", "--nodes", "resid_pre,mlp_out")
+    summary, scores, lines = into("--methods", "atp", "--nodes", "mlp_out")
+    assert lines == [] and summary["pcc"].keys() == {"atp", "relp"} and summary["pcc"]["relp"].keys() == {"mlp_out"}
+    same({key: scores[key] for key in before}, before)
+    summary, scores, lines = into("--methods", "atp", "--nodes", "attn_out")  # no method has these but this one
+    assert lines == [] and summary["seconds"].keys() == {"atp"} and summary["pcc"] == {}
+    same({key: scores[key] for key in before}, before)
+    summary, scores, lines = into("--methods", "twopoint", "--nodes", "resid_pre")
+    assert (
+        summary["pcc"].keys() == {"relp", "twopoint"} and summary["seconds"]["ap"] is None
+    )  # of a summary that is gone
+
+
+def test_a_prompts_file_named_like_a_task(tiny, run, into, tmp_path):
+    """Its results do not go where those of the templates are."""
+    into("--methods", "ap,relp")
+    folder = tmp_path / "out" / "gpt2-ioi"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in ("ioi", "sva"):
+        prompts = jsonl(tmp_path / f"{name}.jsonl", IDS)
+        code, out, err = run("--model", tiny["gpt2"], "--prompts", prompts, "--methods", "ap,relp", "--no-plot")
+        assert (code, err) == (0, []) and " holds " not in out
+        assert written(tmp_path / "out" / f"gpt2-{name}.jsonl")[1]["original_tokens"].tolist() == [[5, 6, 7, 8]]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_damaged_earlier_results_are_no_obstacle(into, tmp_path):
+    """scores.npz with wrong bytes, or cut: what can be read is used, and nothing else happens."""
+    _, before, _ = into("--methods", "ap,relp", "--nodes", "mlp_out")
+    path, rng = tmp_path / "out" / "gpt2-ioi" / "scores.npz", random.Random(0)
+    whole, kept = path.read_bytes(), 0
+    for i in range(30):
+        damaged = bytearray(whole)
+        if i % 5 == 0:
+            del damaged[rng.randrange(len(whole)) :]
+        else:  # the directory at the end, or anywhere
+            for _ in range(rng.choice([1, 3])):
+                at = rng.randrange(-800, 0) if i % 2 else rng.randrange(len(whole))
+                damaged[at] = rng.randrange(256)
+        path.write_bytes(damaged)
+        _, scores, _ = into("--methods", "atp", "--nodes", "mlp_out")
+        assert "atp_mlp_out" in scores
+        kept += "ap_mlp_out" in scores
+        assert "ap_mlp_out" not in scores or np.array_equal(scores["ap_mlp_out"], before["ap_mlp_out"], equal_nan=True)
+    assert 0 < kept < 30  # a wrong byte may lie where it does not matter
+
+
+SUMMARIES = ["", "{", "[]", "5", "{}", '{"arguments": 5}', '{"arguments": {"task": "sva"}}']
+
+
+@pytest.mark.parametrize("text", SUMMARIES)
+def test_scores_without_a_summary_are_of_an_unknown_run(text, into, tmp_path):
+    """With which rules RelP's scores were made is not known: they are dropped. AP's do not depend on an option."""
+    _, before, _ = into("--methods", "ap,relp")
+    path = tmp_path / "out" / "gpt2-ioi" / "summary.json"
+    path.write_text(text)
+    summary, scores, lines = into("--methods", "atp")
+    assert len(lines) == 1 and "relp with other rules: this run drops them" in lines[0]
+    assert methods_in(scores) == {"ap", "atp"} and summary["seconds"]["ap"] is None
+    for node in NODES:
+        np.testing.assert_array_equal(scores[f"ap_{node}"], before[f"ap_{node}"])
+    path.unlink()
+    assert methods_in(into("--methods", "relp")[1]) == {"ap", "atp", "relp"}
+
+
+def test_an_unreadable_part_of_a_summary(into, tmp_path):
+    into("--methods", "ap,relp")
+    path = tmp_path / "out" / "gpt2-ioi" / "summary.json"
+    parts = [
+        ("seconds", ...),
+        ("audit", ...),
+        ("conservation", ...),
+        ("seconds", 5),
+        ("seconds", {"ap": "x"}),
+        ("audit", []),
+    ]
+    for part, value in parts:
+        summary = json.loads(path.read_text())
+        summary[part] = value
+        path.write_text(json.dumps({key: value for key, value in summary.items() if value is not ...}))
+        _, scores, lines = into("--methods", "atp")
+        assert lines == [] and methods_in(scores) == {"ap", "atp", "relp"}
+
+
+def test_foreign_arrays_beside_the_scores(into, tmp_path):
+    """An array that is of no method, or of another shape, is not taken for scores."""
+    _, before, _ = into("--methods", "ap,relp")
+    path = tmp_path / "out" / "gpt2-ioi" / "scores.npz"
+    mine = {f"mine_{node}": before[f"ap_{node}"] for node in NODES}
+    flat = {f"ig_{node}": before[f"ap_{node}"][:, :1] for node in NODES}
+    np.savez(path, **before, **mine, **flat)
+    beside = path.with_name("summary.json")
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"scores_npz": fingerprint(path)}))
+    summary, scores, _ = into("--methods", "atp")
+    assert summary["pcc"].keys() == {"atp", "relp"} and summary["seconds"].keys() == {"ap", "atp", "relp"}
+    same({key: scores[key] for key in (*before, *mine)}, before | mine)
+
+
+def test_figures_of_replaced_results_go(tiny, run, tmp_path):
+    """What an earlier run on other prompts has drawn and found does not stay beside the new scores."""
+    folder, arguments = tmp_path / "out" / "gpt2-ioi", ["--model", tiny["gpt2"], "--pairs", 3, "--nodes", "mlp_out"]
+    assert run(*arguments, "--methods", "relp", "--verify", 2)[0] == 0
+    derived = {"heatmaps.png", "conservation.png", "verified.json"}
+    assert derived <= {path.name for path in folder.iterdir()}
+    assert run(*arguments, "--methods", "atp", "--no-plot")[0] == 0  # the same prompts: nothing is replaced
+    assert derived <= {path.name for path in folder.iterdir()}
+    assert run(*arguments, "--seed", 1, "--no-plot")[0] == 0
+    assert not derived & {path.name for path in folder.iterdir()}
