@@ -208,7 +208,9 @@ def audit_methods(model, methods: list[Method], pairs: list[tasks.Pair], metric,
     original, patch, answers = tensors([pairs[i] for i in next(batches(pairs, 4))], device)
     reports = {m.name: audit(model, original, m.lrp, patch) for m in methods if m.lrp is not None}
     lrp = next((m.lrp for m in methods if m.name == "relp"), None)
-    if lrp is None or hasattr(lrp, "two_runs") or processes.world() > 1:  # for these, conservation is not defined
+    if (
+        lrp is None or hasattr(lrp, "two_runs") or processes.world() > 1
+    ):  # not defined for such rules, and not computed then
         return reports, None
     return reports, conservation.conservation(model, original, answers, metric, lrp)
 

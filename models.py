@@ -59,7 +59,7 @@ class Rules:
     def norm(self, x: Tensor, eps: float) -> Tensor:
         """LN-rule for LayerNorm (whose x is centred before) and RMSNorm: x / [sqrt(eps + mean x^2)]_const.
 
-        Without it, the part of the relevance that lies along x is lost: a norm does not see the size of x.
+        Without it, x . gradient is almost 0, and almost no relevance would pass: a norm does not see the size of x.
         """
         return x / const((eps + x.square().mean(-1, keepdim=True)).sqrt(), self.ln)
 
@@ -87,7 +87,9 @@ class Rules:
         return y
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, attend: "Attend") -> Tensor:
-        """AH-rule for attention heads: sum_i [A_ij]_const v_i. A depends on q and k only, so they are made constant."""
+        """AH-rule for attention heads: sum_i [A_ij]_const v_i. A depends on q and k only, so q and k are made
+        constant, and A with them.
+        """
         return attend(const(q, self.ah), const(k, self.ah), v)
 
     def gate(self, a: Tensor, b: Tensor) -> Tensor:
@@ -123,9 +125,9 @@ TABLE_4 = {
 def y_gamma(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, gamma: float) -> Tensor:
     """The gamma-rule's denominator: y_j, but each contribution with the same sign as y_j counts 1 + gamma times.
 
-    The bias is one of the contributions. For inputs and outputs >= 0 it is LRP-gamma of [52]; [58] extends it to any
-    sign; this is that form. Its size is at least that of y_j. An input of exactly 0 contributes nothing and gets rho 0,
-    although a patch may change it.
+    Its gradient has the rule's numerators. The bias is one of the contributions. For inputs and outputs >= 0 it is
+    LRP-gamma of [52]; [58] extends it to any sign; this is that form. Its size is at least that of y_j. An input of
+    exactly 0 contributes nothing and gets rho 0, although a patch may change it.
     """
     x, weight = upcast(x), upcast(weight)  # half precision could overflow here
     bias = torch.zeros(len(weight)).to(weight) if bias is None else upcast(bias)
@@ -263,10 +265,10 @@ class Attend:
     node: Nodes
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.by_hand(q, k, v) if self.pattern_is_seen else self.fused(q, k, v)
+        return self.by_hand(q, k, v) if self.needs_pattern else self.fused(q, k, v)
 
     @property
-    def pattern_is_seen(self) -> bool:
+    def needs_pattern(self) -> bool:
         """Must the pattern be formed? If a hook wants it, or scores are capped, which the fused kernel cannot do."""
         return self.node.wanted("pattern") or self.c.attn_softcap is not None
 
@@ -277,10 +279,10 @@ class Attend:
         return F.scaled_dot_product_attention(q, k, v, mask, scale=self.c.attn_scale).transpose(1, 2)
 
     def by_hand(self, q: Tensor, k: Tensor, v: Tensor, softmax=None, mix=None) -> Tensor:
-        """z step by step. Rules that must see the pattern call this, with a softmax or a mix of their own."""
+        """z step by step, where the pattern is needed, and for rules with a softmax or a mix of their own."""
         pattern = self.node("pattern", (softmax or self.softmax)(self.scores(q, k)).to(v.dtype))
         z = (mix or self.mix)(pattern, v)
-        return z if self.pattern_is_seen else backward_as(self.fused(q, k, v), z)  # the rules change no number
+        return z if self.needs_pattern else backward_as(self.fused(q, k, v), z)  # the rules change no number
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return softcap(upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * self.c.attn_scale, self.c.attn_softcap)
@@ -529,8 +531,8 @@ class Config:
                 raise ValueError(f"{of} {name} = {value!r}: a positive whole number is needed")
             if hints[name] is bool and not isinstance(value, bool):
                 raise ValueError(f"{of} {name} = {value!r}: true or false is needed")
-            optional = name in ("attn_softcap", "logit_softcap")
-            if (name in ("eps", "attn_scale") or optional and value is not None) and not is_positive(value):
+            optional = name in ("attn_softcap", "logit_softcap") and value is None
+            if name in ("eps", "attn_scale", "attn_softcap", "logit_softcap") and not (optional or is_positive(value)):
                 raise ValueError(f"{of} {name} = {value!r}: a positive number is needed")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{of} {self.n_heads} heads for {self.n_kv_heads} key-value heads: not a multiple")
@@ -543,13 +545,13 @@ class Config:
             raise ValueError(f"activation {self.act!r} is not supported: this project knows {', '.join(PHI)}")
 
     @staticmethod
-    def from_hf(c: dict) -> "Config":
+    def from_hf(hf: dict) -> "Config":
         """From a config.json, as transformers 4 or 5 writes it. ValueError if it is not one of ours."""
-        family = c.get("model_type")
+        family = hf.get("model_type")
         if not isinstance(family, str) or family not in CONFIGS:
             raise ValueError(f"model_type {family!r} is not supported: this project knows {', '.join(CONFIGS)}")
         try:
-            config = Config(family=family, **CONFIGS[family](c))
+            config = Config(family=family, **CONFIGS[family](hf))
         except KeyError as error:
             raise ValueError(f"config.json of a {family} model lacks the field {error}") from None
         except (TypeError, AttributeError, ArithmeticError) as error:
@@ -566,66 +568,67 @@ def is_size(value: object) -> bool:
     return isinstance(value, int) and is_positive(value)
 
 
-def gpt2_config(c: dict) -> dict:
-    ours = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-    for field, wanted in ours.items():
-        if c.get(field, wanted) != wanted:
-            raise ValueError(f"gpt2 with {field}={c[field]} is not supported")
-    d, heads, layers = c["n_embd"], c["n_head"], c["n_layer"]
+def gpt2_config(hf: dict) -> dict:
+    supported = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    for field, wanted in supported.items():
+        if hf.get(field, wanted) != wanted:
+            raise ValueError(f"gpt2 with {field}={hf[field]} is not supported")
+    d, heads, layers = hf["n_embd"], hf["n_head"], hf["n_layer"]
     return dict(
         n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=heads, d_head=d // heads,
-        d_mlp=c.get("n_inner") or 4 * d, n_vocab=c["vocab_size"], n_ctx=c["n_positions"],
-        eps=c.get("layer_norm_epsilon", 1e-5), act=c.get("activation_function", "gelu_new"),
+        d_mlp=hf.get("n_inner") or 4 * d, n_vocab=hf["vocab_size"], n_ctx=hf["n_positions"],
+        eps=hf.get("layer_norm_epsilon", 1e-5), act=hf.get("activation_function", "gelu_new"),
         block="sequential", layer_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True,
-        tied=c.get("tie_word_embeddings", True), attn_scale=(d // heads) ** -0.5, windows=(None,) * layers,
+        tied=hf.get("tie_word_embeddings", True), attn_scale=(d // heads) ** -0.5, windows=(None,) * layers,
     )  # fmt: skip
 
 
-def gpt_neox_config(c: dict) -> dict:
-    d, heads, layers = c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]
-    bias = c.get("attention_bias", True)
+def gpt_neox_config(hf: dict) -> dict:
+    d, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
+    bias = hf.get("attention_bias", True)
     return dict(
         n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=heads, d_head=d // heads,
-        d_mlp=c["intermediate_size"], n_vocab=c["vocab_size"], n_ctx=c["max_position_embeddings"],
-        eps=c.get("layer_norm_eps", 1e-5), act=c.get("hidden_act", "gelu"),
-        block="parallel" if c.get("use_parallel_residual", True) else "sequential",
+        d_mlp=hf["intermediate_size"], n_vocab=hf["vocab_size"], n_ctx=hf["max_position_embeddings"],
+        eps=hf.get("layer_norm_eps", 1e-5), act=hf.get("hidden_act", "gelu"),
+        block="parallel" if hf.get("use_parallel_residual", True) else "sequential",
         layer_norm=True, qkv_bias=bias, out_bias=bias, mlp_bias=True,
-        tied=c.get("tie_word_embeddings", False), attn_scale=(d // heads) ** -0.5, windows=(None,) * layers,
-        rotary_freqs=rotary_freqs(c, d // heads, c.get("rotary_pct", 0.25), c.get("rotary_emb_base", 10000.0)),
+        tied=hf.get("tie_word_embeddings", False), attn_scale=(d // heads) ** -0.5, windows=(None,) * layers,
+        rotary_freqs=rotary_freqs(hf, d // heads, hf.get("rotary_pct", 0.25), hf.get("rotary_emb_base", 10000.0)),
     )  # fmt: skip
 
 
-def llama_config(c: dict) -> dict:
-    d, heads, layers = c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]
-    d_head, bias = c.get("head_dim") or d // heads, c.get("attention_bias", False)
+def llama_config(hf: dict) -> dict:
+    d, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
+    d_head, bias = hf.get("head_dim") or d // heads, hf.get("attention_bias", False)
     return dict(
-        n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads, d_head=d_head,
-        d_mlp=c["intermediate_size"], n_vocab=c["vocab_size"], n_ctx=c.get("max_position_embeddings", 2048),
-        eps=c.get("rms_norm_eps", 1e-6), act=c.get("hidden_act", "silu"), block="sequential", gated=True,
-        qkv_bias=bias, out_bias=bias, mlp_bias=c.get("mlp_bias", False),
-        tied=c.get("tie_word_embeddings", False), attn_scale=d_head**-0.5, windows=(None,) * layers,
-        rotary_freqs=rotary_freqs(c, d_head),
+        n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=hf.get("num_key_value_heads") or heads, d_head=d_head,
+        d_mlp=hf["intermediate_size"], n_vocab=hf["vocab_size"], n_ctx=hf.get("max_position_embeddings", 2048),
+        eps=hf.get("rms_norm_eps", 1e-6), act=hf.get("hidden_act", "silu"), block="sequential", gated=True,
+        qkv_bias=bias, out_bias=bias, mlp_bias=hf.get("mlp_bias", False),
+        tied=hf.get("tie_word_embeddings", False), attn_scale=d_head**-0.5, windows=(None,) * layers,
+        rotary_freqs=rotary_freqs(hf, d_head),
     )  # fmt: skip
 
 
-def qwen2_config(c: dict) -> dict:
-    n, first = c["num_hidden_layers"], c.get("max_window_layers", 28)
-    window = c.get("sliding_window") if c.get("use_sliding_window", False) else None
-    kinds = c.get("layer_types") or ["sliding_attention" if layer >= first else "full_attention" for layer in range(n)]
+def qwen2_config(hf: dict) -> dict:
+    n, first = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
+    window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
+    kinds = hf.get("layer_types") or ["sliding_attention" if layer >= first else "full_attention" for layer in range(n)]
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return {**llama_config(c), "qkv_bias": True, "out_bias": False, "mlp_bias": False, "windows": windows}
+    return {**llama_config(hf), "qkv_bias": True, "out_bias": False, "mlp_bias": False, "windows": windows}
 
 
-def gemma2_config(c: dict) -> dict:
-    n, d_head, window = c["num_hidden_layers"], c.get("head_dim", 256), c.get("sliding_window", 4096)
-    kinds = c.get("layer_types") or ["full_attention" if layer % 2 else "sliding_attention" for layer in range(n)]
+def gemma2_config(hf: dict) -> dict:
+    n, d_head, window = hf["num_hidden_layers"], hf.get("head_dim", 256), hf.get("sliding_window", 4096)
+    kinds = hf.get("layer_types") or ["full_attention" if layer % 2 else "sliding_attention" for layer in range(n)]
     return {
-        **llama_config({**c, "head_dim": d_head}),
-        "block": "sandwich", "norm_offset": 1.0, "mlp_bias": False, "tied": c.get("tie_word_embeddings", True),
-        "act": c.get("hidden_activation") or c.get("hidden_act") or "gelu_pytorch_tanh",
-        "attn_scale": c.get("query_pre_attn_scalar", 256) ** -0.5, "embed_scale": c["hidden_size"] ** 0.5,
+        **llama_config({**hf, "head_dim": d_head}),
+        "block": "sandwich", "norm_offset": 1.0, "mlp_bias": False, "tied": hf.get("tie_word_embeddings", True),
+        "act": hf.get("hidden_activation") or hf.get("hidden_act") or "gelu_pytorch_tanh",
+        "attn_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5, "embed_scale": hf["hidden_size"] ** 0.5,
         "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
-        "attn_softcap": c.get("attn_logit_softcapping", 50.0), "logit_softcap": c.get("final_logit_softcapping", 30.0),
+        "attn_softcap": hf.get("attn_logit_softcapping", 50.0),
+        "logit_softcap": hf.get("final_logit_softcapping", 30.0),
     }  # fmt: skip
 
 
@@ -638,10 +641,10 @@ CONFIGS = {
 }
 
 
-def rotary_freqs(c: dict, d_head: int, fraction: float = 1.0, theta: float = 10000.0) -> tuple[float, ...]:
+def rotary_freqs(hf: dict, d_head: int, fraction: float = 1.0, theta: float = 10000.0) -> tuple[float, ...]:
     """Radians per position of each rotated pair. transformers 5 has rope_parameters, 4 rope_scaling and rope_theta."""
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or c.get("rope_theta") or theta
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = rope.get("rope_theta") or hf.get("rope_theta") or theta
     dim = int(d_head * rope.get("partial_rotary_factor", fraction))
     freqs = [theta ** (-i / dim) for i in range(0, dim, 2)]
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -785,7 +788,8 @@ SHORT_NAMES = {
     "gemma2-2b": "google/gemma-2-2b",
 }
 TOYS = Path(__file__).parent / "toy"  # the small models beside this file; a copy of it elsewhere has none
-SHORT_NAMES |= {f"toy-{kind}": str(TOYS / kind) for kind in ("gpt2", "neox", "qwen2", "gemma2") if TOYS.is_dir()}
+if TOYS.is_dir():
+    SHORT_NAMES |= {f"toy-{kind}": str(TOYS / kind) for kind in ("gpt2", "neox", "qwen2", "gemma2")}
 
 
 def from_pretrained(

@@ -13,7 +13,8 @@ backward:
 
     AtP    rho is the gradient of the metric on the original run                                            (Eq. 2)
     RelP   rho is LRP's propagation coefficient: the gradient of the same run with Table 1's rules on       (Eq. 3)
-    IG     rho is the gradient averaged on the node's way from the original to the patch run, at many times the price
+    IG     rho is the gradient averaged along the straight line from the node's original to its patch activation; this
+           takes many more passes
 
 For example, with "... Mary gave a book to" and "... John gave a book to" as token ids [1, pos], answers John and Mary:
 
@@ -45,17 +46,17 @@ What a model must offer. models.Transformer does, and so can a model of your own
                                 x [batch, d_model] -> logits [batch, vocab], or if columns is not None [batch, columns],
                                 the logits of these token ids
     block(layer, x, hook=None, start=0, last=False)
-                                for resumed runs, which make AP much faster (see `effects`); without this method AP runs
-                                the plain loop of Eq. 1. One layer of a causal model whose nodes are resid_pre, k, v and
-                                others. x holds the positions from `start` on. At "k" and "v" the hook returns more
-                                positions than it got, the earlier ones in front. With last=True, only the last
-                                position need be returned.
+                                for resumed runs, which make AP much faster (see `effects`). Without this method
+                                activation_patching() runs the plain loop of Eq. 1, and patch_features() refuses.
+                                One layer of a causal model whose nodes are resid_pre, k, v and others. x holds the
+                                positions from `start` on. At "k" and "v" the hook returns more positions than it got,
+                                the earlier ones in front. With last=True, only the last position need be returned.
 
 No package but torch is imported.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -121,7 +122,7 @@ def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False, replace=
     def hook(name, layer, x):
         if replace and (name, layer) in replace:
             x = replace[name, layer]
-        if grad and not x.requires_grad:  # the first node of a pass; the later ones depend on it
+        if grad and not x.requires_grad:  # autograd has nothing to go back to from here: the node becomes a leaf
             x = x.detach().requires_grad_()
         kept[name, layer] = x
         return x
@@ -132,15 +133,17 @@ def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False, replace=
 
 
 def by_part(x: Tensor, name: str) -> Tensor:
-    """An activation as [batch, pos, part, hidden]. Whatever is not one of PARTS_OF is its own single part.
-
-    head: [b, t, h, d] as it is. neuron: [b, t, n] -> [b, t, n, 1]. Others: [b, t, ...] -> [b, t, 1, all the rest].
-    """
-    return x.unsqueeze(-1).flatten(3) if name in PARTS_OF else x.flatten(2).unsqueeze(2)
+    """The activation of `name`'s node as [batch, pos, part, hidden]. A name that is no part is its own single part."""
+    if name not in PARTS_OF:
+        return x.flatten(2).unsqueeze(2)
+    return x if x.ndim == 4 else x.unsqueeze(-1)  # a neuron has no hidden dimension
 
 
 def by_layer(model, nodes, function: Callable) -> dict[str, Tensor]:
-    """{name: [batch, layer, pos, part]} of function(name, (node, layer)) [batch, pos, part]. One part has no axis."""
+    """Puts function(name, (node, layer)), each [batch, pos, part], together: {name: [batch, layer, pos, part]}.
+
+    A name that is no part has no part axis.
+    """
     result = {}
     for name in nodes:
         layers = [function(name, (node_of(name), layer)) for layer in range(model.config.n_layers)]
@@ -175,7 +178,7 @@ def patch_one_by_one(
     check(model, original, patch, answers, nodes, metric)
     _, patch_acts = record(model, patch, nodes)
 
-    def patched(key, place):
+    def patched(key=None, place=None):
         """The metric of the original run, with the patch run's values of the activation `key` at the index `place`."""
 
         def hook(name, layer, x):
@@ -184,16 +187,17 @@ def patch_one_by_one(
                 x[place] = patch_acts[key][place]
             return x
 
-        hook.nodes = {node_of(name) for name in nodes}  # those of the patch run, so that both runs round alike
+        hook.nodes = {node_of(name) for name in nodes}  # the same as in the patch run, so that both compute alike
         return read_out(model, model.stream(original, hook=hook), answers, metric)
+
+    value = patched()  # nothing is patched
 
     def effects_of_node(name, key):
         n_pos, n_parts = by_part(patch_acts[key], name).shape[1:3]
-        base = patched(key, place=(slice(0, 0),))  # patched nowhere
-        result = base.new_zeros(len(base), n_pos, n_parts)
+        result = value.new_zeros(len(value), n_pos, n_parts)
         for pos, part in itertools.product(range(n_pos), range(n_parts)):
             place = (slice(None), pos, part) if name in PARTS_OF else (slice(None), pos)
-            result[:, pos, part] = patched(key, place) - base
+            result[:, pos, part] = patched(key, place) - value
         return result
 
     return by_layer(model, nodes, effects_of_node)
@@ -208,22 +212,27 @@ def patch_one_by_one(
 
 
 class Terms(NamedTuple):
-    """What a node's scores are made of, each [batch, pos, ...]: (patch - original) . rho."""
+    """What a node's scores are made of, each [batch, pos, ...]."""
 
     original: Tensor
     patch: Tensor
     rho: Tensor
+
+    def products(self) -> Tensor:
+        """(patch - original) * rho, still to be summed over the hidden dimension."""
+        return difference(self.original, self.patch) * self.rho
 
 
 def coefficients(
     model, tokens: Tensor, answers: Tensor, nodes, metric=logit_diff, lrp=False, replace=None
 ) -> tuple[dict, dict]:
     """The nodes' activations and their rho, both {(name, layer): [batch, pos, ...]}: one forward pass, one backward."""
-    stream, acts = record(model, tokens, nodes, lrp, True, replace)
+    stream, acts = record(model, tokens, nodes, lrp, grad=True, replace=replace)
     with torch.enable_grad():
         value = read_out(model, stream, answers, metric, lrp).sum()  # prompts do not mix: one backward is enough
-    rho = torch.autograd.grad(value, list(acts.values()), materialize_grads=True) if acts else ()
-    return acts, dict(zip(acts, rho))
+    if not value.requires_grad:  # the rules let nothing through to these nodes, as the AH-rule does to q and k
+        return acts, {key: torch.zeros_like(x) for key, x in acts.items()}
+    return acts, dict(zip(acts, torch.autograd.grad(value, list(acts.values()), materialize_grads=True)))
 
 
 def propagate(
@@ -231,17 +240,20 @@ def propagate(
 ) -> dict[Key, Terms]:
     """The terms of the activations `keys`: two forward passes and one backward (with `steps`, see integrated()).
 
-    Rules may need to know the patch run; Table 1's do not. Such rules have a method two_runs(). It returns two sets of
-    rules: the first is on in the patch run and writes down what it needs, the second is on in the original run.
+    Table 1's rules need the original run only. Rules that need the patch run too have a method two_runs(). It returns
+    two sets of rules: the first is on in the patch run and takes notes; the second is on in the original run and reads
+    them.
     """
     if steps is not None and lrp is not False:
         raise ValueError("Integrated Gradients averages plain gradients: give steps or lrp, not both")
     nodes = {name for name, _ in keys}
-    patch_lrp, lrp = lrp.two_runs() if hasattr(lrp, "two_runs") else (False, lrp)
+    patch_lrp = False
+    if hasattr(lrp, "two_runs"):
+        patch_lrp, lrp = lrp.two_runs()
     patch_stream, patch_acts = record(model, patch, nodes, patch_lrp)
     if patch_lrp is not False:
         with torch.no_grad():
-            read_out(model, patch_stream, answers, metric, patch_lrp)  # the final norm is written down as well
+            read_out(model, patch_stream, answers, metric, patch_lrp)  # for what the rules note in unembed()
     if steps is None:
         acts, rho = coefficients(model, original, answers, nodes, metric, lrp)
     else:
@@ -255,25 +267,22 @@ def attribute(
 ) -> dict[str, Tensor]:
     """AtP (lrp=False, Eq. 2), RelP (lrp=True: the paper's rules, or a set of rules; Eq. 3), or IG (steps=10, say).
 
-    original, patch [batch, pos] and answers [batch, 2] are token ids. Returns {node: [batch, layer, pos]}, for the
-    kinds in PARTS_OF [batch, layer, pos, part], in float32 or better and in the metric's unit. AtP and RelP are two
-    forward passes and one backward pass, without a gradient of any weight. ValueError if arguments do not fit.
+    original, patch [batch, pos] and answers [batch, 2] are token ids, nodes a list of names of nodes or of their parts
+    (PARTS_OF). Returns {name: [batch, layer, pos]}, for parts [batch, layer, pos, part], in float32 or better and in
+    the metric's unit. AtP and RelP are two forward passes and one backward pass, without a gradient of any weight.
+    ValueError if the arguments do not fit.
     """
     check(model, original, patch, answers, nodes, metric)
     keys = {(node_of(name), layer) for name in nodes for layer in range(model.config.n_layers)}
     terms = propagate(model, original, patch, answers, keys, metric, lrp, steps)
 
-    def score(name, key):
-        before, after, rho = terms[key]
-        return by_part(difference(before, after) * rho, name).sum(-1)
-
-    return by_layer(model, nodes, score)
+    return by_layer(model, nodes, lambda name, key: by_part(terms[key].products(), name).sum(-1))
 
 
 def integrated(
     model, tokens: Tensor, answers: Tensor, key: Key, original: Tensor, patch: Tensor, metric, steps: int
 ) -> Tensor:
-    """rho of Integrated Gradients [21] for one activation: its gradient averaged on the way from original to patch.
+    """rho of Integrated Gradients [21] for one activation: its gradient averaged from `original` to `patch`.
 
     The activation takes the values original + k/steps (patch - original), k = 0 .. steps - 1 (the quadrature of Marks
     et al. [44]); the rest of the run uses the original prompt. The price is `steps` forward and backward passes for
@@ -314,11 +323,12 @@ def divide(terms: dict[Key, Terms], saes: dict) -> dict[Key, Tensor]:
     """
     scores = {}
     for key, sae in saes.items():
-        before, after, rho = (x.flatten(2) for x in terms[key])
-        where = (before != after).any(-1) & (rho != 0).any(-1)  # elsewhere the scores are 0
-        before, after, rho = before[where], after[where], rho[where]
-        features = difference(sae.encode(before), sae.encode(after)) * (rho @ sae.W_dec.T)
-        error = (difference(before, after) * rho).sum(-1) - features.sum(-1)  # what is left of the node's score
+        of_node = Terms(*(x.flatten(2) for x in terms[key]))
+        where = (of_node.original != of_node.patch).any(-1) & (of_node.rho != 0).any(-1)  # elsewhere the scores are 0
+        of_node = Terms(*(x[where] for x in of_node))
+        moves = difference(sae.encode(of_node.original), sae.encode(of_node.patch))
+        features = moves * (of_node.rho @ sae.W_dec.T)
+        error = of_node.products().sum(-1) - features.sum(-1)  # what is left of the node's score
         of_units = torch.cat([features, error.unsqueeze(-1)], dim=-1)
         scores[key] = of_units.new_zeros(*where.shape, of_units.shape[-1])
         scores[key][where] = of_units
@@ -384,7 +394,8 @@ def activation_patching(
     """AP (Eq. 1), exact: one (layer, position) of a node, or of a part of it, from the patch run into the original run.
 
     Arguments and result as in attribute(). cells, {node: bool}, shaped like the result or like one prompt's: patch
-    these only, and return 0 elsewhere. The others are those of effects(); a model without `block` does not need them.
+    these only, and return 0 elsewhere. rows, pieces, progress and lockstep are those of effects(); a model that has no
+    method `block` does without them.
     """
     check(model, original, patch, answers, nodes, metric)
     if not hasattr(model, "block"):
@@ -395,17 +406,17 @@ def activation_patching(
 
     def edit(name, layer):
         key = node_of(name), layer
-        before, after = run.acts[key], patch_acts[key]
-        chosen = changed(before, after, name)
+        x_original, x_patch = run.acts[key], patch_acts[key]
+        chosen = changed(x_original, x_patch, name)
         if cells is not None:
             of_node = cells[name] if name in PARTS_OF else cells[name].unsqueeze(-1)
             chosen = chosen & of_node.select(-3, layer)
 
         def new(prompts, pos, parts):
             if name not in PARTS_OF:
-                return after[prompts, pos : pos + 1]
-            x = before[prompts, pos : pos + 1]  # a copy, in which the other parts stay
-            x[range(len(x)), 0, parts] = after[prompts, pos, parts]
+                return x_patch[prompts, pos : pos + 1]
+            x = x_original[prompts, pos : pos + 1]  # a copy, in which the other parts stay
+            x[range(len(x)), 0, parts] = x_patch[prompts, pos, parts]
             return x
 
         return Edit(*key, chosen, new)
@@ -431,9 +442,9 @@ def patch_features(
     _, patch_acts = record(model, patch, nodes)
 
     def edit(key, sae):
-        x, before, after = run.acts[key], run.acts[key].flatten(2), patch_acts[key].flatten(2)
-        moves = difference(sae.encode(before), sae.encode(after)).to(x.dtype)  # of the features
-        error_moves = difference(before, after).to(x.dtype) - moves @ sae.W_dec  # b_dec cancels
+        x, x_original, x_patch = run.acts[key], run.acts[key].flatten(2), patch_acts[key].flatten(2)
+        moves = difference(sae.encode(x_original), sae.encode(x_patch)).to(x.dtype)  # of the features
+        error_moves = difference(x_original, x_patch).to(x.dtype) - moves @ sae.W_dec  # b_dec cancels
         cells = torch.cat([moves != 0, (error_moves != 0).any(-1, keepdim=True)], dim=-1)  # the error is the last unit
         moves, directions = pad(moves, (0, 1)), pad(sae.W_dec, (0, 0, 0, 1))
 
@@ -467,7 +478,7 @@ def record_original(model, tokens: Tensor, answers: Tensor, nodes, metric) -> Or
     if off > size * torch.finfo(final.dtype).eps ** 0.5:
         raise ValueError(
             f"this model's block() does not resume a run: its final stream is off by {off:.3g}. See what relp.py asks "
-            "of it, or do without it: AP then makes one whole pass per node"
+            "of it, or do without it: AP then makes one whole pass per node, layer and position"
         )
     return run
 
@@ -498,7 +509,7 @@ def effects(
 
     rows      how many edited runs go through a block together (more as they get shorter)
     pieces    a mapping {pos: {label: effects}} in which finished positions are kept and from which they are taken, so
-              that a long run can go on where it was stopped
+              that a long run can go on where it was stopped: with the same arguments
     progress  progress(fraction) is called as the work proceeds
     lockstep  run all cells, changed or not: processes that share weights must make the same calls
     """
@@ -517,42 +528,49 @@ def effects(
 
 def to_run(run: OriginalRun, edit: Edit, pos: int, lockstep: bool) -> Tensor:
     """Which of an edit's cells at one position need a run: bool [batch, part]."""
-    # In the last layer, only keys and values can still reach the last position from another one.
+    # The last position is read out, and another one reaches it through attention only: in the last layer by an edit of
+    # k, of v, or of resid_pre, which enters this layer.
     matters = edit.entry < run.n_layers or pos == run.n_pos - 1 or edit.node in ("k", "v")
     return (edit.cells[:, pos] | lockstep) & matters
 
 
 @torch.no_grad()
 def effects_at(run: OriginalRun, edits: dict[tuple, Edit], pos: int, rows: int, lockstep: bool) -> dict[tuple, Tensor]:
-    """{label: [batch, part]}: the effects of all edits at one position.
-
-    All their runs are put in the order of the layers that they enter, and taken `rows` at a time: these go through the
-    layers together, and those that enter a later layer join there.
-    """
+    """{label: [batch, part]}: the effects of all edits at one position, `rows` edited runs at a time."""
     labels = sorted(edits, key=lambda label: edits[label].entry)
-    places = [to_run(run, edits[label], pos, lockstep).nonzero() for label in labels]  # each [n, (prompt, part)]
-    every = torch.cat([pad(place, (1, 0), value=i) for i, place in enumerate(places)])  # [all, (edit, prompt, part)]
-    changes = [run.value[:0]]
-    for together in every.split(rows) if len(every) else ():
-        numbers, counts = together[:, 0].unique_consecutive(return_counts=True)
-        groups = zip(numbers.tolist(), together[:, 1:].split(counts.tolist()))
-        joining = [(edits[labels[i]], *place.unbind(1)) for i, place in groups]  # (edit, prompts, parts)
-        prompts, x = together[:, 1], None  # x: the streams of those that have joined, the first len(x) of `together`
-        for layer in range(joining[0][0].entry, run.n_layers + 1):
-            for edit, *place in joining:
-                if edit.entry == layer:
-                    stream = edited_stream(run, edit, pos, *place)
-                    x = stream if x is None else torch.cat([x, stream])
-            if layer < run.n_layers:
-                x = resume(run, layer, x, prompts[: len(x)], pos, last=layer == run.n_layers - 1)
-        changes.append(read_out(run.model, x, run.answers[prompts], run.metric) - run.value[prompts])
+    in_order = [edits[label] for label in labels]
+    # one row (edit, prompt, part) for each edited run; edit is a number in this order
+    places = [to_run(run, edit, pos, lockstep).nonzero() for edit in in_order]
+    jobs = torch.cat([pad(place, (1, 0), value=i) for i, place in enumerate(places)])
+    effect = run.value.new_zeros(len(jobs))
+    for start in range(0, len(jobs), rows):
+        effect[start : start + rows] = run_jobs(run, in_order, jobs[start : start + rows], pos)
     result = {}
-    for label, place, change in zip(labels, places, torch.cat(changes).split([len(place) for place in places])):
-        cells = edits[label].cells[:, pos]
+    for i, label in enumerate(labels):
+        mine, cells = jobs[:, 0] == i, edits[label].cells[:, pos]
         result[label] = run.value.new_zeros(cells.shape)
-        result[label][place.unbind(1)] = change
+        result[label][jobs[mine, 1], jobs[mine, 2]] = effect[mine]
         result[label] = result[label].where(cells, 0)  # lockstep runs others too
     return result
+
+
+def run_jobs(run: OriginalRun, edits: list[Edit], jobs: Tensor, pos: int) -> Tensor:
+    """The effects [n] of edited runs, given as rows (edit, prompt, part) in the order of the layers that they enter.
+
+    They go through the layers together: those that enter a later layer join there.
+    """
+    numbers, prompts, _ = jobs.unbind(1)
+    present = numbers.unique().tolist()
+    x = None  # the streams of those that have joined
+    for layer in range(edits[present[0]].entry, run.n_layers + 1):
+        for i in present:
+            if edits[i].entry == layer:
+                _, its_prompts, its_parts = jobs[numbers == i].unbind(1)
+                stream = edited_stream(run, edits[i], pos, its_prompts, its_parts)
+                x = stream if x is None else torch.cat([x, stream])
+        if layer < run.n_layers:
+            x = resume(run, layer, x, prompts[: len(x)], pos, last=layer == run.n_layers - 1)
+    return read_out(run.model, x, run.answers[prompts], run.metric) - run.value[prompts]
 
 
 def edited_stream(run: OriginalRun, edit: Edit, pos: int, prompts: Tensor, parts: Tensor) -> Tensor:
@@ -561,20 +579,21 @@ def edited_stream(run: OriginalRun, edit: Edit, pos: int, prompts: Tensor, parts
     if edit.node == "resid_pre":
         return torch.cat([new, stream[:, 1:]], dim=1)
     if edit.node in ("k", "v"):  # a key or value changes all later positions of its layer
-        return resume(run, edit.layer, stream, prompts, pos, edit.entry == run.n_layers, edit.node, new)
-    own = resume(run, edit.layer, stream[:, :1], prompts, pos, False, edit.node, new)  # others change their own only
+        last = edit.entry == run.n_layers
+        return resume(run, edit.layer, stream, prompts, pos, last=last, node=edit.node, new=new)
+    own = resume(run, edit.layer, stream[:, :1], prompts, pos, node=edit.node, new=new)  # others change their own only
     return torch.cat([own, run.acts["resid_pre", edit.entry][prompts, pos + 1 :]], dim=1)
 
 
 def resume(
-    run: OriginalRun, layer: int, x: Tensor, prompts: Tensor, pos: int, last=False, node: str = "", new=None
+    run: OriginalRun, layer: int, x: Tensor, prompts: Tensor, pos: int, last=False, node=None, new=None
 ) -> Tensor:
     """One block on the streams x [n, positions from pos on, d_model], which are runs of these prompts.
 
     If a node of this layer is named, its activation at pos is `new` [n, 1, ...].
     """
 
-    def hook(name, layer, y):
+    def hook(name, _, y):
         if name in ("k", "v"):
             past_and_y = run.acts[name, layer].index_select(0, prompts)[:, : pos + y.shape[1]]  # a copy
             past_and_y[:, pos:] = y
@@ -585,14 +604,14 @@ def resume(
         return new[..., : y.shape[-1]] if name == node else y
 
     # if the original run has shown its pattern, this one does too, so that both round alike
-    hook.nodes = {"k", "v", node} | ({"pattern"} if ("pattern", layer) in run.acts else set())
+    hook.nodes = {"k", "v"} | {node} | ({"pattern"} if ("pattern", layer) in run.acts else set())
     return run.model.block(layer, x, hook=hook, start=pos, last=last)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Circuits (Section 5.2). Units are features and errors, each at a position. A circuit {(name, layer): bool [pos,
-# n_features + 1]} says which units are left in the model when all others are held at their means. One takes the units
-# whose mean score exceeds a threshold in size.
+# n_features + 1]} says which units are left as they are while all others are held at their means: usually those
+# whose mean score is larger in size than a threshold.
 
 
 class Neurons:
@@ -624,7 +643,7 @@ def unit_means(model, tokens: Tensor, saes: dict) -> dict[Key, tuple[Tensor, Ten
 def run_circuit(
     model, tokens: Tensor, answers: Tensor, saes: dict, means: dict, circuit: dict, metric=logit_diff
 ) -> Tensor:
-    """The metric [batch] of the run in which all units of `saes` outside the circuit are held at their means,
+    """The metric [batch] of the run in which all units of `saes` outside the circuit are held at their means.
 
         x <- sum_i g_i W_dec[i] + rest
 
@@ -649,12 +668,12 @@ def run_circuit(
     return read_out(model, model.stream(tokens, hook=hook), answers, metric)
 
 
-def faithfulness(circuit: Tensor, full: Tensor, empty: Tensor) -> Tensor:
-    """(L(C) - L(empty)) / (L(M) - L(empty)), L being the metric's mean over the last axis.
+def faithfulness(of_circuit: Tensor, of_full: Tensor, of_empty: Tensor) -> Tensor:
+    """(L(C) - L(empty)) / (L(M) - L(empty)) from the metric [..., batch] of the three runs; L is its mean over prompts.
 
     With L(M without C) in the place of L(C), it is the completeness of C.
     """
-    return (circuit.mean(-1) - empty.mean(-1)) / (full.mean(-1) - empty.mean(-1))
+    return (of_circuit.mean(-1) - of_empty.mean(-1)) / (of_full.mean(-1) - of_empty.mean(-1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -687,11 +706,11 @@ def pearson(a: Tensor, b: Tensor) -> float:
 
 
 def check(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric) -> None:
-    """ValueError if arguments cannot be what they should be."""
+    """ValueError if the arguments do not fit."""
     for what, tokens in (("original", original), ("patch", patch), ("answers", answers)):
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2:
-            shape = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"{what} must be a tensor of token ids with two axes, [batch, ...], got {shape}")
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
+            got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"{what} must be a tensor of token ids with two axes, [batch, ...], got {got}")
     if original.shape != patch.shape:
         raise ValueError(f"original and patch must have one shape, got {list(original.shape)} and {list(patch.shape)}")
     if answers.shape != (len(original), 2):
@@ -702,8 +721,8 @@ def check(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric
         raise ValueError(f"answers must be token ids from 0 on, got {int(answers.min())}")
     if not callable(metric):
         raise ValueError(f"metric must be a function, such as relp.METRICS['prob_diff'], got {metric!r}")
-    if isinstance(nodes, str):
-        raise ValueError(f"nodes must be a list of names, such as [{nodes!r}], got the string {nodes!r}")
+    if isinstance(nodes, str) or not isinstance(nodes, Collection):
+        raise ValueError(f"nodes must be a list of names, such as ['resid_pre'], got {nodes!r}")
     if unknown := [name for name in nodes if node_of(name) not in model.nodes]:
         parts = [name for name, node in PARTS_OF.items() if node in model.nodes]
         raise ValueError(f"unknown node {unknown[0]!r}: this model has {', '.join((*model.nodes, *parts))}")

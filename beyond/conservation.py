@@ -13,10 +13,12 @@ import relp
 def conservation(model, tokens: Tensor, answers: Tensor, metric=relp.logit_diff, lrp=True) -> dict:
     """What the stream keeps of the metric's relevance, and what each block loses, as fractions of the metric.
 
-    A tensor x holds the relevance x . rho. A module loses held(output) - held(input). Of this, its bias takes
-    b . (gradient of b), and the modules within it lose their own; what remains is its own loss: Attention's is what q
-    and k get in excess (the softmax), MLP's that of activation and gate, Linear's the epsilon-rule's; a block's is
-    called "residual".
+    A tensor x holds the relevance x . rho. On the way back through a module relevance is lost:
+
+        held(output) - held(input) = the bias's b . rho(b) + what the modules within it lose + its own loss
+
+    Attention's own loss is the softmax's (negative: q and k get relevance too), MLP's that of activation and gate,
+    Linear's the epsilon-rule's. A block's own is called "residual".
 
         {"prompts": .., "metric": mean over them, "kept": [layer + 1], "lost": {kind: [layer + 1]}}
 

@@ -28,7 +28,7 @@ ROWS = ("ln", "identity", "half", "attention")
 
 @dataclass(frozen=True)
 class TwoPoint(Rules):
-    """Rules of which the rows in `two_point` are taken between the two runs, whatever is said of them elsewhere."""
+    """Rules of which the rows in `two_point` are taken between the two runs, even if the row's own flag is off."""
 
     two_point: tuple[str, ...] = ()
     # Notes.write in the patch run, Notes.read in the original run

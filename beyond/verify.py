@@ -27,7 +27,8 @@ class Verified:
 def verify(scores: Scores, pairs: list[Pair], nodes: list[str], methods: list[str], by: str, k: int, score) -> Verified:
     """AP of the k nodes with the largest averaged scores by the method `by`.
 
-    score(run_ap=f) -> Scores scores the pairs by AP, which f does: see scoring.score_pairs.
+    methods: names of those that `scores` has. score(run_ap=f) -> Scores scores the pairs by AP, which f does: see
+    scoring.score_pairs.
     """
     labels, at = overlay(pairs)
     maps = {(m, node): laid_over(scores.scores[m, node], at) for m in methods for node in nodes}

@@ -17,8 +17,8 @@ from support.scoring import Batch, patch_all
 class KeptPatching:
     """AP of all nodes for scoring.score_pairs: finished positions of a batch are kept in `folder` and taken from there.
 
-    what     all that AP's numbers depend on beside the batch, in a form that JSON can hold: kept positions of other
-             runs are not taken. The metric's values on the batch stand for the weights, which all influence them.
+    what     all that AP's numbers depend on beside the batch, in a form that JSON can hold: positions that were
+             kept with another `what` are not taken. The metric's values on the batch stand for the weights.
     earlier  a finished run whose AP is taken as it is, if it was of the same model
 
     seconds_before is the time that went into what was taken.
@@ -54,13 +54,13 @@ class KeptPatching:
 
 
 def drop_others(folder: Path, mine: Path) -> None:
-    """Remove what an unfinished run with other arguments has kept, and say so.
+    """Remove what an unfinished run has kept that this one cannot go on with, and say so.
 
     mine: the file of this run's first batch. If it exists, the others are of this run's next batches.
     """
     others = [] if mine.exists() else list(folder.glob(f"unfinished-{rank()}-*.npz"))
     if others:
-        say("  an unfinished run with other arguments is dropped: AP starts afresh")
+        say("  an unfinished run of other arguments or another version is dropped: AP starts afresh")
     for file in others:
         file.unlink()
 

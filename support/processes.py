@@ -16,7 +16,7 @@ def choose_threads(d_model: int) -> None:
     """One thread for small models, as many as before for others; a number in the environment wins.
 
     The threads of a small matrix product wait for each other most of the time, and they wait spinning: where another
-    program wants the cores, that is several times slower than one thread. README.md in this folder has the figures.
+    program wants the cores, that is several times slower than one thread. tests/README.md has the figures.
     """
     if own and not os.environ.keys() & {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:
         torch.set_num_threads(1 if d_model < SMALL else THREADS)
@@ -58,8 +58,8 @@ def wait_for_all() -> None:
 
 
 def share(rows: list[int]) -> list[int]:
-    """This process's part of a batch. All get equally many, the last ones again: those that share weights make the
-    same calls.
+    """This process's part of a batch. All processes get equally many rows: a shorter part repeats its last row,
+    because processes that share weights must make the same calls.
     """
     size = -(-len(rows) // world())
     mine = rows[rank() :: world()] or rows[:1]

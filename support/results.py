@@ -164,7 +164,7 @@ class Earlier:
         return seconds if isinstance(seconds, float) else math.nan
 
     def same_model(self, values: np.ndarray, pair_numbers: list[int] | slice = slice(None)) -> bool:
-        """Was that run of the same weights and metric? The metric's values tell, which every weight influences.
+        """Was that run of the same weights and metric? The metric's values tell: other weights change them.
 
         They may differ by rounding: of another batch size, say.
         """
@@ -216,7 +216,8 @@ def earlier_run(folder: Path, pairs: list[Pair], arguments: dict) -> Earlier | N
     for method, option in DEPENDS_ON.items():
         of_method = [key for key in arrays if key.partition("_")[0] == method]
         if of_method and given.get(option) != arguments[option]:
-            say(f"  {folder} holds scores of {method} with other {option}: this run drops them")
+            unknown_or_other = "other" if option in given else "unknown"
+            say(f"  {folder} holds scores of {method} with {unknown_or_other} {option}: this run drops them")
             for key in of_method:
                 del arrays[key]
     return Earlier(arrays, summary)

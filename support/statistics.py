@@ -76,7 +76,8 @@ def agreement(
     false_negative   the largest |a| where the method says zero, |s| <= 1 % of the largest |s|, as a share of the
                      largest |a| (0)
 
-    cells, shaped like the scores and bool: a cell counts if it is True, in averaged maps if it is in a drawn prompt.
+    cells, shaped like the scores and bool: only these cells count; in an averaged map, those that are True in a drawn
+    prompt.
     """
     weights = (torch.ones(1, len(ap)) if weights is None else weights).double()
     padding = ap.flatten(1).isnan()

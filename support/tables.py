@@ -58,7 +58,7 @@ def print_report(report: NodeReport, methods: list[Method], nodes: list[str], pa
         row(label, cells, f"{seconds:8.2f}" if seconds == seconds else "")
     for pair, of_nodes in report.differences.items():
         names = pair.split(" - ")
-        if "relp" in names or "relp" not in labels:
+        if "relp" in names or "relp" not in labels:  # with RelP there, the others are compared with it only
             cells = [short(*of["averaged"], sign="+") for of in of_nodes.values()]
             row(" - ".join(labels[name] for name in names), cells)
     if paper and report.pcc:

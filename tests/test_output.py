@@ -337,7 +337,7 @@ def test_scores_without_a_summary_are_of_an_unknown_run(text, into, tmp_path):
     path = tmp_path / "out" / "gpt2-ioi" / "summary.json"
     path.write_text(text)
     summary, scores, lines = into("--methods", "atp")
-    assert len(lines) == 1 and "relp with other rules: this run drops them" in lines[0]
+    assert len(lines) == 1 and "relp with unknown rules: this run drops them" in lines[0]
     assert methods_in(scores) == {"ap", "atp"} and summary["seconds"]["ap"] is None
     for node in NODES:
         np.testing.assert_array_equal(scores[f"ap_{node}"], before[f"ap_{node}"])
