@@ -223,7 +223,7 @@ def test_another_run_starts_afresh_and_says_so(undisturbed, kill):
     out = kill(1)
     result = command(*arguments, "--dtype", "float64", "--out", out)
     assert result.returncode == 0, result.stderr
-    assert "an unfinished run of other arguments or another version is dropped" in result.stdout and "goes on" not in result.stdout
+    assert "of other arguments or another version is dropped" in result.stdout and "goes on" not in result.stdout
     assert "earlier runs" not in result.stdout and not unfinished(out)
 
 
