@@ -14,9 +14,11 @@ Numbers in brackets, such as [58], are the paper's references.
 
 import json
 import math
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -102,11 +104,17 @@ class Rules:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"rule {name} is True or False, got {getattr(self, name)!r}")
         for name in ("epsilon", "gamma"):
-            value = getattr(self, name)
-            if value is not None and not is_positive(value):
-                raise ValueError(f"rule {name} must be a positive number, got {value!r}")
+            check_parameter(name, getattr(self, name))
         if self.epsilon is not None and self.gamma is not None:
             raise ValueError("epsilon and gamma are both rules for linear layers: choose one")
+
+
+def check_parameter(rule: str, value: object) -> None:
+    """ValueError if a rule's number makes no sense."""
+    if value is not None and not is_positive(value):
+        raise ValueError(f"rule {rule} must be a positive number, got {quote(value)}")
+    if value is not None and not 1e-12 <= value <= 1e12:  # beyond, it would overflow, or do nothing
+        raise ValueError(f"rule {rule} must be between 1e-12 and 1e12, got {quote(value)}")
 
 
 # Table 4: the rules of the paper's experiments (the 0-rule on linear layers, no AH-rule). Llama, which the paper leaves
@@ -446,14 +454,18 @@ class Transformer(nn.Module):
         c = self.config
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [batch, pos] with at least one position, got {list(tokens.shape)}")
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < c.n_vocab:
-            raise ValueError(f"token ids must lie in 0..{c.n_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}")
+        self.check_ids(tokens)
         if tokens.shape[1] > c.n_ctx:
             raise ValueError(f"prompts of {tokens.shape[1]} tokens exceed this model's context of {c.n_ctx}")
         x = self.embed_tokens(tokens)
         if c.embed_scale != 1:
             x = x * torch.tensor(c.embed_scale, dtype=x.dtype)  # rounded to the model's dtype, as Gemma was trained
         return x if self.embed_positions is None else x + self.embed_positions.weight[: tokens.shape[1]]
+
+    def check_ids(self, ids: Tensor) -> None:
+        n = self.config.n_vocab
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n:
+            raise ValueError(f"token ids must lie in 0..{n - 1}, got {int(ids.min())}..{int(ids.max())}")
 
     def block(
         self, layer: int, x: Tensor, lrp: LRP = False, hook: Hook | None = None, start: int = 0, last: bool = False
@@ -470,7 +482,9 @@ class Transformer(nn.Module):
         """Logits [..., vocab] of the stream x [..., d_model]; if `columns` are given, of these token ids only."""
         rules = self.rules(lrp)
         weight = self.embed_tokens.weight if self.config.tied else self.unembed_tokens.weight
-        weight = weight if columns is None else weight[columns]
+        if columns is not None:
+            self.check_ids(columns)
+            weight = weight[columns]
         return softcap(upcast(rules.linear(self.ln_f(x, rules), weight, None)), self.config.logit_softcap)
 
     def rules(self, lrp: LRP) -> Rules:
@@ -528,16 +542,17 @@ class Config:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if hints[name] is int and not is_size(value):
-                raise ValueError(f"{of} {name} = {value!r}: a positive whole number is needed")
+                raise ValueError(f"{of} {name} = {quote(value)}: a positive whole number is needed")
             if hints[name] is bool and not isinstance(value, bool):
-                raise ValueError(f"{of} {name} = {value!r}: true or false is needed")
+                raise ValueError(f"{of} {name} = {quote(value)}: true or false is needed")
             optional = name in ("attn_softcap", "logit_softcap") and value is None
-            if name in ("eps", "attn_scale", "attn_softcap", "logit_softcap") and not (optional or is_positive(value)):
-                raise ValueError(f"{of} {name} = {value!r}: a positive number is needed")
+            if name in ("eps", "attn_scale", "attn_softcap", "logit_softcap") and not optional:
+                if not is_positive(value) or value > 1e9:
+                    raise ValueError(f"{of} {name} = {quote(value)}: a positive number is needed, up to 1e9")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{of} {self.n_heads} heads for {self.n_kv_heads} key-value heads: not a multiple")
         if len(self.windows) != self.n_layers or not all(w is None or is_size(w) for w in self.windows):
-            raise ValueError(f"{of} the attention windows {list(self.windows)} for {self.n_layers} layers")
+            raise ValueError(f"{of} the attention windows {quote(list(self.windows))} for {self.n_layers} layers")
         finite = all(isinstance(f, float) and math.isfinite(f) for f in self.rotary_freqs)
         if not finite or self.rotary_dim > self.d_head or (self.rotary_dim == 0) != (self.family == "gpt2"):
             raise ValueError(f"{of} rotary frequencies that cannot be for heads of {self.d_head} dimensions")
@@ -549,7 +564,10 @@ class Config:
         """From a config.json, as transformers 4 or 5 writes it. ValueError if it is not one of ours."""
         family = hf.get("model_type")
         if not isinstance(family, str) or family not in CONFIGS:
-            raise ValueError(f"model_type {family!r} is not supported: this project knows {', '.join(CONFIGS)}")
+            raise ValueError(f"model_type {quote(family)} is not supported: this project knows {', '.join(CONFIGS)}")
+        for field, most in MOST.items():
+            if isinstance(hf.get(field), (int, float)) and hf[field] > most:
+                raise ValueError(f"config.json of a {family} model gives {field} = {quote(hf[field])}: above {most}")
         try:
             config = Config(family=family, **CONFIGS[family](hf))
         except KeyError as error:
@@ -560,12 +578,22 @@ class Config:
         return config
 
 
+# No model comes near these. Larger sizes would cost time and memory before they can be checked against the weights.
+MOST = {"n_layer": 10**4, "num_hidden_layers": 10**4, "n_embd": 10**6, "hidden_size": 10**6, "head_dim": 10**6}
+
+
 def is_positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def is_size(value: object) -> bool:
-    return isinstance(value, int) and is_positive(value)
+    return isinstance(value, int) and is_positive(value) and value < 2**63
+
+
+def quote(value: object, most: int = 80) -> str:
+    """What was given, for an error's one line."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def gpt2_config(hf: dict) -> dict:
@@ -614,7 +642,7 @@ def qwen2_config(hf: dict) -> dict:
     n, first = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
     window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
     kinds = hf.get("layer_types") or ["sliding_attention" if layer >= first else "full_attention" for layer in range(n)]
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    windows = of_layers(kinds, window)
     return {**llama_config(hf), "qkv_bias": True, "out_bias": False, "mlp_bias": False, "windows": windows}
 
 
@@ -626,10 +654,18 @@ def gemma2_config(hf: dict) -> dict:
         "block": "sandwich", "norm_offset": 1.0, "mlp_bias": False, "tied": hf.get("tie_word_embeddings", True),
         "act": hf.get("hidden_activation") or hf.get("hidden_act") or "gelu_pytorch_tanh",
         "attn_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5, "embed_scale": hf["hidden_size"] ** 0.5,
-        "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        "windows": of_layers(kinds, window),
         "attn_softcap": hf.get("attn_logit_softcapping", 50.0),
         "logit_softcap": hf.get("final_logit_softcapping", 30.0),
     }  # fmt: skip
+
+
+def of_layers(kinds: list[str], window: int | None) -> tuple[int | None, ...]:
+    """Each layer's attention window, from layer_types."""
+    if unknown := [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]:
+        known = "sliding_attention and full_attention"
+        raise ValueError(f"layer_types has {quote(unknown[0])}, which is not supported: this project knows {known}")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 CONFIGS = {
@@ -645,7 +681,12 @@ def rotary_freqs(hf: dict, d_head: int, fraction: float = 1.0, theta: float = 10
     """Radians per position of each rotated pair. transformers 5 has rope_parameters, 4 rope_scaling and rope_theta."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     theta = rope.get("rope_theta") or hf.get("rope_theta") or theta
-    dim = int(d_head * rope.get("partial_rotary_factor", fraction))
+    if not is_size(d_head) or d_head > MOST["head_dim"]:
+        raise ValueError(f"config.json has heads of {quote(d_head)} dimensions")
+    fraction = rope.get("partial_rotary_factor", fraction)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"config.json has heads of which {quote(fraction)} is rotated: a share up to 1 is needed")
+    dim = int(d_head * fraction)
     freqs = [theta ** (-i / dim) for i in range(0, dim, 2)]
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "linear":
@@ -807,66 +848,133 @@ def from_pretrained(
     shard: called with the model while it has no weights yet, to share these out over several processes.
     """
     config = Config.from_hf(read_json(fetch(name, "config.json")))
+    files = weight_files(name)
+    shapes = {file: tensor_shapes(file) for file in files}
+    check_sizes(config, shapes)
     with torch.device("meta"):
         model = Transformer(config)
     if shard:
         shard(model)
-    load_weights(model, weight_files(name), dtype, device)
+    load_weights(model, match(model, shapes), dtype, device)
     return model.requires_grad_(False).eval()
 
 
-def load_weights(model: Transformer, files: list[Path], dtype: torch.dtype, device: str | torch.device) -> None:
-    """Fill a model on the meta device tensor by tensor, strictly: every tensor that it needs, none that it does not."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+Shapes = dict[Path, dict[str, list[int]]]  # {file: {name of a tensor: its shape}}
 
-    table, c = layout(model), model.config
-    ours, values = dict(model.named_parameters()), {}
-    missing, unexpected = dict(table), []
+
+def check_sizes(c: Config, shapes: Shapes) -> None:
+    """ValueError if config.json asks for more than the checkpoint has, before anything of that size is built."""
+    every = [math.prod(shape) for of_file in shapes.values() for shape in of_file.values()]
+    sizes = {"d_model": c.d_model, "d_mlp": c.d_mlp, "vocabulary": c.n_vocab, "heads * d_head": c.n_heads * c.d_head}
+    if c.rotary_dim == 0:
+        sizes["positions"] = c.n_ctx
+    for name, size in sizes.items():
+        if size > sum(every):
+            raise ValueError(f"config.json gives {name} = {size}, but the checkpoint has only {sum(every)} numbers")
+    if c.n_layers > len(every):
+        raise ValueError(f"config.json gives {c.n_layers} layers, but the checkpoint has only {len(every)} tensors")
+
+
+def match(model: Transformer, shapes: Shapes) -> dict[Path, dict[str, tuple[list[str], FixUp]]]:
+    """{file: {tensor name: (our parameters, fix-up)}}, strictly: every tensor that the model needs, in the right shape.
+
+    ValueError if a tensor is missing, unexpected, given twice, or of another shape.
+    """
+    table, c, ours = layout(model), model.config, dict(model.named_parameters())
     prefix = next(iter(table)).split(".")[0] + "."  # published GPT-2 checkpoints leave it out
-    for file in files:
-        for theirs, tensor in read_tensors(file):
+    found, unexpected, twice, result = set(), [], [], {}
+    for file, of_file in shapes.items():
+        result[file] = {}
+        for theirs, shape in of_file.items():
             name = theirs if theirs in table else prefix + theirs
             if name not in table:
                 if not BUFFERS.search(theirs) and not (c.tied and UNEMBEDDING.search(theirs)):
                     unexpected.append(theirs)
                 continue
-            names, fix = table[name]
+            if name in found:
+                twice.append(theirs)
+            found.add(name)
+            names, fix = result[file][theirs] = table[name]
             wanted = list(fix.save([ours[n] for n in names], c).shape)  # of meta tensors: costs nothing
-            if list(tensor.shape) != wanted:
-                raise ValueError(f"{file}: {theirs} has the shape {list(tensor.shape)}, config.json asks for {wanted}")
-            for n, piece in zip(names, fix.load(tensor, len(names), c)):
+            if shape != wanted:
+                raise ValueError(f"{file}: {theirs} has the shape {shape}, config.json asks for {wanted}")
+    missing = [name for name in table if name not in found]
+    for what, them in (("lacks", missing), ("has unexpected", unexpected), ("gives twice", twice)):
+        if them:
+            some = ", ".join(them[:4]) + ", ..." * (len(them) > 4)
+            raise ValueError(f"the checkpoint {next(iter(shapes)).parent} {what} {len(them)} tensors: {some}")
+    return result
+
+
+def load_weights(model: Transformer, matched: dict, dtype: torch.dtype, device: str | torch.device) -> None:
+    """Fill a model on the meta device, tensor by tensor, from the files of match()."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    ours, values = dict(model.named_parameters()), {}
+    for file, of_file in matched.items():
+        for theirs, tensor in read_tensors(file, list(of_file)):
+            names, fix = of_file[theirs]
+            for n, piece in zip(names, fix.load(tensor, len(names), model.config)):
                 value = torch.empty(piece.shape, dtype=dtype, device=device).copy_(piece)
                 if isinstance(ours[n], DTensor):
                     value = distribute_tensor(value, ours[n].device_mesh, ours[n].placements, src_data_rank=None)
                 values[n] = value
-            missing.pop(name, None)
-    for what, them in (("lacks", list(missing)), ("has unexpected", unexpected)):
-        if them:
-            some = ", ".join(them[:4]) + ", ..." * (len(them) > 4)
-            raise ValueError(f"the checkpoint {files[0].parent} {what} {len(them)} tensors: {some}")
     model.load_state_dict(values, assign=True)
 
 
-def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The names and tensors of a safetensors file, or of a pytorch_model.bin without running the code it may hold."""
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """The names and shapes of a file's tensors, the largest first, without reading them."""
     from safetensors import safe_open
 
-    try:
+    with corruption_of(file):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
-                sizes = {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-            # The file is mapped into memory anew for each tensor, the largest first: so little is mapped at the end,
-            # when most weights are loaded.
-            for name in sorted(sizes, key=sizes.get, reverse=True):
+                shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+        else:
+            shapes = {name: list(tensor.shape) for name, tensor in unpickled(file).items()}
+    return dict(sorted(shapes.items(), key=lambda item: -math.prod(item[1])))
+
+
+def read_tensors(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """These tensors of a safetensors file, or of a pytorch_model.bin without running the code it may hold."""
+    from safetensors import safe_open
+
+    content = None
+    for name in names:
+        with corruption_of(file):
+            if file.suffix == ".safetensors":
+                # Opened anew for each tensor, which frees the mapping before; the largest first. So little is mapped at
+                # the end, when most weights are loaded.
                 with safe_open(file, framework="pt") as tensors:
-                    yield name, tensors.get_tensor(name)
-        else:  # only zip archives can be mapped, which torch writes since 1.6
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-            named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
-            if not named or not all(isinstance(value, Tensor) for value in content.values()):
-                raise RuntimeError("not a dictionary of named tensors")
-            yield from content.items()
-    except Exception as error:  # a damaged pickle can run into anything
+                    tensor = tensors.get_tensor(name)
+            else:
+                content = unpickled(file) if content is None else content
+                tensor = content[name]
+            if not is_ordinary(tensor):
+                raise ValueError(f"{name} is no tensor of ordinary floating-point numbers")
+        yield name, tensor
+
+
+def unpickled(file: Path) -> dict[str, Tensor]:
+    # only zip archives can be mapped, which torch writes since 1.6
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+    if not named or not all(isinstance(value, Tensor) and not value.is_nested for value in content.values()):
+        raise ValueError("not a dictionary of named tensors")
+    return content
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Floating-point numbers that are there: neither integers nor quantized, sparse, nested or on the meta device."""
+    return x.is_floating_point() and x.layout == torch.strided and not (x.is_nested or x.is_meta)
+
+
+@contextmanager
+def corruption_of(file: Path) -> Iterator[None]:
+    """Any error while a file is read becomes a ValueError that names the file: damaged ones can run into anything."""
+    try:
+        yield
+    except Exception as error:
         raise ValueError(f"{file} is corrupt, cut off, or holds more than tensors: {first_line(error)}") from None
 
 
@@ -886,6 +994,8 @@ def weight_files(name: str) -> list[Path]:
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
             raise ValueError(f"{index} has no weight_map that names the shards")
+        if outside := [shard for shard in shards.values() if Path(shard).is_absolute() or ".." in Path(shard).parts]:
+            raise ValueError(f"{index} names a shard outside of the checkpoint's folder: {quote(outside[0])}")
         return [fetch(name, shard) for shard in sorted(set(shards.values()))]
     for error in absent:
         if isinstance(error, Unreachable):
@@ -910,13 +1020,15 @@ def fetch(name: str, file: str) -> Path:
     MissingFile if the checkpoint has no such file, Unreachable if that is not known, ValueError for all else.
     """
     source = SHORT_NAMES.get(name, name)
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # False, and no error, for an impossible name
         if not (Path(source) / file).is_file():
             raise MissingFile(f"{source} has no file {file}")
         return Path(source) / file
     if not REPOSITORY.fullmatch(source):
         known = ", ".join(SHORT_NAMES)
-        raise ValueError(f"unknown model {name!r}: give one of {known}, a Hub repository owner/name, or a directory")
+        raise ValueError(
+            f"unknown model {quote(name)}: give one of {known}, a Hub repository owner/name, or a directory"
+        )
     from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
 
     # Asked before at the commit in use, and there was none: asking again takes long without a network.

@@ -94,7 +94,13 @@ def read_out(model, stream: Tensor, answers: Tensor, metric=logit_diff, lrp=Fals
     columns = None
     if metric is logit_diff:  # it needs the answers' logits only
         columns, answers = answers.unique(return_inverse=True)
-    return metric(model.unembed(stream[:, -1], lrp, columns), answers)
+    logits = model.unembed(stream[:, -1], lrp, columns)
+    if int(answers.max()) >= logits.shape[-1]:
+        raise ValueError(f"answers must be token ids below {logits.shape[-1]}, got {int(answers.max())}")
+    value = metric(logits, answers)
+    if value.shape != logits.shape[:1]:
+        raise ValueError(f"metric must return one number per prompt, {list(logits.shape[:1])}, got {list(value.shape)}")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,6 +233,8 @@ def coefficients(
     model, tokens: Tensor, answers: Tensor, nodes, metric=logit_diff, lrp=False, replace=None
 ) -> tuple[dict, dict]:
     """The nodes' activations and their rho, both {(name, layer): [batch, pos, ...]}: one forward pass, one backward."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("gradients are needed here, and torch.inference_mode() is on: leave it")
     stream, acts = record(model, tokens, nodes, lrp, grad=True, replace=replace)
     with torch.enable_grad():
         value = read_out(model, stream, answers, metric, lrp).sum()  # prompts do not mix: one backward is enough
@@ -288,8 +296,8 @@ def integrated(
     et al. [44]); the rest of the run uses the original prompt. The price is `steps` forward and backward passes for
     every node and layer. Unlike in AP, all positions move together.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number from 1 on, got {steps!r}")
     total = torch.zeros_like(original)
     for k in range(steps):
         moved = {key: torch.lerp(original, patch, k / steps)}
@@ -310,7 +318,7 @@ def attribute_features(
     saes: {(name, layer): an SAE of the model's dtype}, anything with encode(x [..., d]) -> features [..., n_features]
     and a tensor W_dec [n_features, d]. The scores of one node add up to attribute()'s, and cost the same passes.
     """
-    check(model, original, patch, answers, {name for name, _ in saes}, metric)
+    check(model, original, patch, answers, {name for name, _ in saes}, metric, keys=saes)
     return divide(propagate(model, original, patch, answers, saes, metric, lrp, steps), saes)
 
 
@@ -398,6 +406,9 @@ def activation_patching(
     method `block` does without them.
     """
     check(model, original, patch, answers, nodes, metric)
+    for name in nodes if cells is not None else ():
+        if name not in cells or cells[name].dtype != torch.bool:
+            raise ValueError(f"cells must have a bool tensor for every node, and has none for {name!r}")
     if not hasattr(model, "block"):
         scores = patch_one_by_one(model, original, patch, answers, nodes, metric)
         return scores if cells is None else {name: scores[name].where(cells[name], 0) for name in nodes}
@@ -437,7 +448,7 @@ def patch_features(
     Arguments and result as in attribute_features(). One run per feature that differs: for small models.
     """
     nodes = {name for name, _ in saes}
-    check(model, original, patch, answers, nodes, metric)
+    check(model, original, patch, answers, nodes, metric, keys=saes)
     run = record_original(model, original, answers, nodes, metric)
     _, patch_acts = record(model, patch, nodes)
 
@@ -705,8 +716,8 @@ def pearson(a: Tensor, b: Tensor) -> float:
     return float("nan") if constant else float(a @ b / (a.norm() * b.norm()))
 
 
-def check(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric) -> None:
-    """ValueError if the arguments do not fit."""
+def check(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric, keys=()) -> None:
+    """ValueError if the arguments do not fit. keys: those of SAEs."""
     for what, tokens in (("original", original), ("patch", patch), ("answers", answers)):
         if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
             got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
@@ -726,3 +737,8 @@ def check(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric
     if unknown := [name for name in nodes if node_of(name) not in model.nodes]:
         parts = [name for name, node in PARTS_OF.items() if node in model.nodes]
         raise ValueError(f"unknown node {unknown[0]!r}: this model has {', '.join((*model.nodes, *parts))}")
+    for name, layer in keys:
+        if name in PARTS_OF or layer not in range(model.config.n_layers):
+            raise ValueError(
+                f"an SAE is of a whole node in one of {model.config.n_layers} layers, not of {name, layer}"
+            )

@@ -401,6 +401,8 @@ def parse_line(line: bytes, tokenizer: Tokenizer | None, bos: bool, n_vocab: int
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read: it is nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(f"must be a JSON object; got {quote(record)}")
     values = {}

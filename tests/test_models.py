@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -334,3 +335,36 @@ def test_a_pickle_with_code_in_it_is_not_run(checkpoint, tmp_path):
 def test_short_names_cover_the_papers_models():
     papers = "gpt2 gpt2-medium gpt2-large gpt2-xl pythia-70m pythia-410m qwen2-0.5b qwen2-7b gemma2-2b"
     assert set(papers.split()) < SHORT_NAMES.keys()
+
+
+def test_gemmas_embedding_is_scaled_in_the_models_dtype(checkpoint, tokens):
+    """sqrt(32) is rounded to bfloat16 before it is multiplied, as Gemma was trained."""
+    model = from_pretrained(str(checkpoint("gemma2")[0]), dtype=torch.bfloat16)
+    embedded = model.embed_tokens(tokens)
+    scale = torch.tensor(math.sqrt(model.config.d_model)).bfloat16()
+    assert torch.equal(model.embed(tokens), embedded * scale)
+    assert not torch.equal(embedded * scale, (embedded.float() * math.sqrt(model.config.d_model)).bfloat16())
+
+
+def test_gemmas_norm_adds_one_in_float32(checkpoint):
+    """1 + w in bfloat16 would lose the last digits of w: the result is off by its own rounding only."""
+    norm = from_pretrained(str(checkpoint("gemma2")[0]), dtype=torch.bfloat16).ln_f
+    torch.manual_seed(0)
+    x = torch.randn(50, 32).bfloat16()
+    norm.weight.copy_(0.01 * torch.randn(32))
+    h, w = x.double(), norm.weight.double()
+    exact = h / (h.square().mean(-1, keepdim=True) + norm.eps).sqrt() * (1 + w)
+    assert ((norm(x, Rules()) - exact) / exact).abs().max() < 1.01 * 2**-8
+
+
+def test_the_rope_of_llama_3():
+    """At its published parameters, frequencies of all three kinds occur: slowed, kept, and between."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    rope |= dict(original_max_position_embeddings=8192, rope_theta=500000.0)
+    sizes = dict(hidden_size=256, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8, vocab_size=10)
+    theirs = LlamaConfig(**sizes, rope_parameters=rope)
+    ours = Config.from_hf({**theirs.to_dict(), "model_type": "llama"})
+    torch.testing.assert_close(torch.tensor(ours.rotary_freqs), LlamaRotaryEmbedding(theirs).inv_freq)

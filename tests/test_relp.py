@@ -653,7 +653,16 @@ WRONG = {  # what the message must name: the arguments
     "empty prompts": (["prompt"], lambda o, p, a: (o[:, :0], p[:, :0], a, NODES)),
     "metric, a name": (["metric", "'prob_diff'"], lambda o, p, a: (o, p, a, NODES, "prob_diff")),
     "nodes, a string": (["nodes", "'resid_pre'"], lambda o, p, a: (o, p, a, "resid_pre")),
+    "nodes, a generator": (["nodes", "generator"], lambda o, p, a: (o, p, a, (n for n in NODES))),
+    "original, no integers": (["original", "float32"], lambda o, p, a: (o.float(), p, a, NODES)),
+    "answers beyond the vocabulary": (["0..96", "200"], lambda o, p, a: (o, p, a * 0 + 200, NODES)),
+    "the same, all logits": (["answers", "97", "200"], lambda o, p, a: (o, p, a * 0 + 200, NODES, relp.prob_diff)),
+    "a metric of another shape": (["metric", "[4]", "[4, 2]"], lambda o, p, a: (o, p, a, NODES, wrong_metric)),
 }
+
+
+def wrong_metric(logits, answers):
+    return logits.gather(-1, answers)
 
 
 @pytest.mark.parametrize("function", SCORES_OF_NODES)
@@ -672,6 +681,33 @@ def test_wrong_arguments_with_features(function, checkpoint, pair):
     assert "metric" in refusal(function, model, *pair, saes, "prob_diff")
     assert "original" in refusal(function, model, "After John", patch, answers, saes)
     assert "unknown node 'mlp'" in refusal(function, model, *pair, {("mlp", 0): saes["mlp_out", 0]})
+    for key in (("head", 0), ("mlp_out", 3), ("mlp_out", -1)):
+        assert str(key) in refusal(function, model, *pair, {key: saes["mlp_out", 0]})
+
+
+def test_wrong_cells(checkpoint, pair):
+    model = from_pretrained(str(checkpoint("gpt2")[0]))
+    cells = torch.ones(4, 3, 9)
+    for wrong in ({}, {"resid_pre": cells}, {"resid_pre": cells.int()}, {"mlp_out": cells.bool()}):
+        message = refusal(relp.activation_patching, model, *pair, NODES, cells=wrong)
+        assert "cells must have a bool tensor" in message and "'resid_pre'" in message
+
+
+def test_inference_mode(checkpoint, pair):
+    model = from_pretrained(str(checkpoint("gpt2")[0]))
+    with torch.inference_mode():
+        assert "inference_mode" in refusal(relp.attribute, model, *pair, NODES)
+        relp.activation_patching(model, *pair, NODES)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama"])
+def test_the_ah_rule_lets_nothing_through_to_q_and_k(name, checkpoint, pair):
+    """Alone, too: then no gradient at all is left to be taken."""
+    model = from_pretrained(str(checkpoint(name)[0]))
+    for nodes in (["q"], ["k", "head_q"], ["q", "resid_pre"]):
+        scores = relp.attribute(model, *pair, nodes, lrp=Rules(ah=True))
+        assert not any(scores[node].any() for node in nodes if node != "resid_pre")
+        assert all(scores[node].shape[:3] == (4, model.config.n_layers, 9) for node in nodes)
 
 
 @pytest.mark.parametrize("lrp", [True, Rules(ln=True), Rules()])
@@ -685,13 +721,13 @@ def test_steps_or_rules_and_not_both(lrp, checkpoint, pair):
     assert "steps" in message and "lrp" in message
 
 
-@pytest.mark.parametrize("steps", [0, -3])
+@pytest.mark.parametrize("steps", [0, -3, 2.5, "10"])
 def test_steps_below_one(steps, checkpoint, pair):
     model = from_pretrained(str(checkpoint("gpt2")[0]))
     message = refusal(relp.attribute, model, *pair, NODES, steps=steps)
-    assert "steps must be at least 1" in message and str(steps) in message
+    assert "steps must be a whole number from 1 on" in message and str(steps) in message
     saes = {("mlp_out", 0): relp.Neurons(torch.eye(32))}
-    assert "steps must be at least 1" in refusal(relp.attribute_features, model, *pair, saes, steps=steps)
+    assert "steps must be a whole number" in refusal(relp.attribute_features, model, *pair, saes, steps=steps)
 
 
 @pytest.mark.parametrize("lrp", ["paper", None, 1])
