@@ -1,6 +1,5 @@
 """The methods and the sets of rules that the command knows by name."""
 
-import math
 from dataclasses import dataclass
 
 from beyond import atp_star
@@ -34,9 +33,15 @@ def method(name: str, family: str = "", rules: str = "paper", steps: int = 10) -
             return Method(name, "IG", steps=steps)
     try:
         return Method(name, name, parse_rules(name.replace("+", ",")))
-    except ValueError:
+    except UnknownRule:
         known = ", ".join(NAMES)
         raise ValueError(f"unknown method {name!r}: choose from {known}, or rules joined by +, such as ln+ah") from None
+    except ValueError as error:
+        raise ValueError(f"method {name}: {error}") from None
+
+
+class UnknownRule(ValueError):
+    """There is no rule of this name."""
 
 
 def is_method(name: str) -> bool:
@@ -71,7 +76,7 @@ def parse_rules(text: str) -> bool | Rules:
             fields[name] = parse_number(name, value)
         else:
             known = ", ".join([*FLAGS, *(f"{name}=X" for name in NUMBERS), *(f"{row}2" for row in ROWS)])
-            raise ValueError(f"unknown rule {item!r}: choose paper, none, or from {known}")
+            raise UnknownRule(f"unknown rule {item!r}: choose paper, none, or from {known}")
     if two_point:
         fields["two_point"] = tuple(two_point)
         return TwoPointTemperature(**fields) if "temperature" in fields else TwoPoint(**fields)
@@ -83,6 +88,4 @@ def parse_number(name: str, text: str) -> float:
         value = float(text)
     except ValueError:
         raise ValueError(f"rule {name} needs a number, as in {name}=0.01, got {f'{name}={text}'!r}") from None
-    if not 0 < value < math.inf:
-        raise ValueError(f"rule {name} needs a positive number, got {f'{name}={text}'!r}")
     return value

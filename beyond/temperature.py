@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
-from models import Attend, Rules, backward_as, is_positive
+from models import Attend, Rules, backward_as, check_parameter
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,7 @@ class Temperature(Rules):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.temperature is not None and not is_positive(self.temperature):
-            raise ValueError(f"rule temperature must be a positive number, got {self.temperature!r}")
+        check_parameter("temperature", self.temperature)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
         if self.temperature is None:

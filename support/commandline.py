@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 from collections.abc import Callable, Collection
 from copy import copy
 from dataclasses import Field, field
@@ -61,12 +60,28 @@ def whole(text: str) -> int:
         raise ValueError(f"a whole number is needed, got {text!r}") from None
     if number < 1:
         raise ValueError(f"must be at least 1, got {number}")
+    if number >= 2**31:
+        raise ValueError(f"must be at most {2**31 - 1}, got {number}")
+    return number
+
+
+def read_seed(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise ValueError(f"a whole number is needed, got {text!r}") from None
+    if not -(2**63) <= number < 2**64:  # what torch's generators take
+        raise ValueError(f"must be from -2^63 to 2^64 - 1, got {text}")
     return number
 
 
 def read_batch_size(text: str) -> str:
-    if text != "auto" and not re.fullmatch("[1-9][0-9]*", text):
-        raise ValueError(f"must be auto or a positive whole number, got {text!r}")
+    return text if text == "auto" else str(whole(text))
+
+
+def not_empty(what: str, text: str) -> str:
+    if not text:
+        raise ValueError(f"{what} is needed, got {text!r}")
     return text
 
 
@@ -75,10 +90,10 @@ def read_thresholds(text: str) -> list[float]:
     try:
         low, high, count = text.split(",")
         low, high, count = float(low), float(high), int(count)
-        if not (0 < low <= high < math.inf and count > 0):
+        if not (0 < low <= high < math.inf and 0 < count <= 1000):
             raise ValueError
     except ValueError:
-        raise ValueError(f"must be LOW,HIGH,COUNT with 0 < LOW <= HIGH, got {text!r}") from None
+        raise ValueError(f"must be LOW,HIGH,COUNT with 0 < LOW <= HIGH and COUNT up to 1000, got {text!r}") from None
     return [float(t) for t in np.geomspace(low, high, count)]
 
 
@@ -86,7 +101,7 @@ def usable_device(text: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text)
         torch.zeros(1, device=device).item()  # the meta device can make a tensor, and cannot read it
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # each kind of device fails in its own way
         raise ValueError(f"device {text!r} cannot be used here: {first_line(error)}") from None
     return device
 

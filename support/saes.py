@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import REPOSITORY, SHORT_NAMES, Transformer, fetch, first_line, no_repository
+from models import REPOSITORY, SHORT_NAMES, Transformer, fetch, first_line, is_ordinary, no_repository, quote
 
 
 @dataclass
@@ -167,7 +168,7 @@ def read_sae(file: str, read: Callable, cfg: dict, d: int, dtype: torch.dtype, d
     for name in TENSORS + ("threshold",) * jump:
         their_name = names.get(name, name)
         x = theirs.get(their_name)
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        if not isinstance(x, Tensor) or not is_ordinary(x):
             there = ", ".join(map(str, theirs)) or "nothing"
             raise ValueError(f"{file} has no tensor {their_name} of floating-point numbers; it has {there}")
         x = x.T if turned and x.ndim == 2 else x
@@ -193,26 +194,26 @@ def numpy_tensors(file: io.IOBase) -> dict[str, Tensor]:
 
 def sae_files(source: str) -> tuple[list[str], Callable]:
     """The paths of all files in a source, and read(path, parse): parse applied to the open file, errors in one line."""
-    path = Path(source)
-    if path.is_dir():
+    path, is_folder, is_file = Path(source), os.path.isdir(source), os.path.isfile(source)
+    if is_folder:
         names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-    elif path.is_file():
+    elif is_file:
         try:
             archive = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged file can run into anything
             raise ValueError(f"{path} is no zip archive, or a damaged one: {first_line(error)}") from None
         names = archive.namelist()
     else:
         names = repository_files(source)
     zips = [name for name in names if name.endswith(".zip")]
     if len(zips) == 1 and not any(name.endswith(("ae.pt", "cfg.json", "params.npz")) for name in names):
-        return sae_files(str(path / zips[0] if path.is_dir() else fetch(source, zips[0])))
-    root = path.resolve().as_posix() if path.exists() else source
+        return sae_files(str(path / zips[0] if is_folder else fetch(source, zips[0])))
+    root = path.resolve().as_posix() if is_folder or is_file else source
 
     def opened(name: str) -> io.IOBase:
-        if path.is_file():
+        if is_file:
             return io.BytesIO(archive.read(name))  # only what is read is unpacked
-        return (path / name if path.is_dir() else fetch(source, name)).open("rb")
+        return (path / name if is_folder else fetch(source, name)).open("rb")
 
     def read(name: str, parse: Callable) -> object:
         try:
@@ -228,7 +229,7 @@ def repository_files(name: str) -> list[str]:
     """The files of a Hub repository; where the Hub cannot be asked, those that are in the cache."""
     if not REPOSITORY.fullmatch(name):
         raise ValueError(
-            f"there are no SAEs at {name!r}: give a directory, a zip archive, or a Hub repository owner/name"
+            f"there are no SAEs at {quote(name)}: give a directory, a zip archive, or a Hub repository owner/name"
         )
     from huggingface_hub import HfApi, errors, snapshot_download
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 
+import regex  # tiktoken brings it
 import tiktoken
 
-from models import MissingFile, fetch, first_line, read_json
+from models import MissingFile, fetch, first_line, quote, read_json
 
 
 def load_tokenizer(name: str) -> "Tokenizer":
@@ -32,6 +33,11 @@ WELL_KNOWN_BOS = ("<|begin_of_text|>", "<|endoftext|>", "<bos>", "<s>")
 # from U+0100 on, so that "Ġ" is the space (`bytes_to_unicode` of GPT-2's encoder.py).
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 OTHERS = [byte for byte in range(256) if byte not in VISIBLE]
+# What a tokenizer is tried on when it is loaded.
+TRIAL = (
+    "".join(map(chr, range(9, 127)))
+    + " Mary's  gave 123 caf\u00e9s\n\n \u6771\u4eac \u0421\u0430\u0448\u0430 \U0001f600 \t"
+)
 BYTE_OF_CHAR = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
 
 
@@ -74,6 +80,8 @@ class Tokenizer:
         self.added_id = {content: t["id"] for content, t in {**normalized, **as_is}.items()}
 
         id_of = model["vocab"] | {t["content"]: t["id"] for t in added}
+        if odd := [i for i in id_of.values() if type(i) is not int or not 0 <= i < 2**31]:
+            raise ValueError(f"{quote(odd[0])} is no token id")
         self.n_vocab = 1 + max(id_of.values())
         self.bytes_of_id = {i: token_bytes(token, byte_level) for token, i in model["vocab"].items()}
         self.bytes_of_id |= {t["id"]: t["content"].encode() for t in added}
@@ -81,6 +89,10 @@ class Tokenizer:
         named = [config.get("bos_token"), config.get("eos_token")]
         named = [token.get("content") if isinstance(token, dict) else token for token in named]
         self.bos_id = next((id_of[token] for token in (*named, *WELL_KNOWN_BOS) if token in id_of), None)
+        text = self.normalize(TRIAL)
+        if any(not found.group() for found in regex.finditer(pattern, text, timeout=5)):
+            raise ValueError(f"the pattern {quote(pattern)} matches empty text")
+        self.ranks_of(text)
 
     @classmethod
     def from_files(cls, files: dict[str, Path]) -> "Tokenizer":
@@ -95,7 +107,7 @@ class Tokenizer:
             spec = read_json(path)
         elif "vocab.json" in files and "merges.txt" in files:
             path = f"{files['vocab.json']} and merges.txt"
-            owner = config.get("tokenizer_class") or "GPT2Tokenizer"
+            owner = str(config.get("tokenizer_class") or "GPT2Tokenizer")
             if not owner.startswith("GPT2"):  # others share the two files' format, but not GPT-2's pattern
                 raise ValueError(f"{path}: a {owner} needs tokenizer.json too; only GPT-2's does not")
             vocab = read_json(files["vocab.json"])
@@ -108,8 +120,8 @@ class Tokenizer:
         try:
             return cls(spec, config)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        except (TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path}: {first_line(error)}") from None
+        except Exception as error:
             raise ValueError(f"{path} is malformed: {type(error).__name__}: {first_line(error)}") from None
 
     def encode(self, text: str) -> list[int]:
@@ -137,12 +149,17 @@ class Tokenizer:
     def merge(self, text: str) -> list[int]:
         if self.prefix_space and text and not text.startswith(" "):
             text = " " + text
-        ranks = self.bpe.encode_ordinary(text)
-        assert self.bpe.decode_bytes(ranks) == text.encode(), f"the pattern leaves out a part of {text!r}"
+        ranks = self.ranks_of(text)
         ids = [i for rank in ranks for i in self.ids_of_rank[rank]]
         if len(ids) < len(ranks):
-            raise ValueError(f"the vocabulary has no token for some byte of {text!r}")
+            raise ValueError(f"the vocabulary has no token for some byte of {quote(text)}")
         return ids
+
+    def ranks_of(self, text: str) -> list[int]:
+        ranks = self.bpe.encode_ordinary(text)
+        if self.bpe.decode_bytes(ranks) != text.encode():
+            raise ValueError(f"the tokenizer's pattern leaves out a part of {quote(text)}")
+        return ranks
 
 
 def normalizer(spec: dict | None) -> Callable[[str], str]:
@@ -152,14 +169,16 @@ def normalizer(spec: dict | None) -> Callable[[str], str]:
             return lambda text: text
         case {"type": "NFC"}:  # é as one character rather than e and an accent
             return lambda text: unicodedata.normalize("NFC", text)
-        case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
             return lambda text: text.replace(old, new)
-        case {"type": "Prepend", "prepend": prefix}:
+        case {"type": "Prepend", "prepend": str(prefix)}:
             return lambda text: prefix + text if text else text
         case {"type": "Sequence", "normalizers": specs}:
             steps = [normalizer(s) for s in specs]
             return lambda text: reduce(lambda t, step: step(t), steps, text)
-    raise ValueError(f"normalizer {spec} is not supported: only NFC, Replace (of a string), Prepend and Sequence are")
+    raise ValueError(
+        f"normalizer {quote(spec, 300)} is not supported: only NFC, Replace (of a string), Prepend and Sequence are"
+    )
 
 
 def splitter(spec: dict | None, byte_fallback: bool) -> tuple[str, bool, bool]:
@@ -181,7 +200,7 @@ def splitter(spec: dict | None, byte_fallback: bool) -> tuple[str, bool, bool]:
         case {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"} if byte_fallback:
             return r"[^ ]* |[^ ]+", False, False  # Gemma: splits nothing, as its normalizer leaves no space
     raise ValueError(
-        f"pre_tokenizer {spec} with byte_fallback {bool(byte_fallback)} is not supported: only ByteLevel, "
+        f"pre_tokenizer {quote(spec, 300)} with byte_fallback {bool(byte_fallback)} is not supported: only ByteLevel, "
         'Split by a pattern + ByteLevel and, with byte_fallback, none or Split at " " are'
     )
 
@@ -192,7 +211,8 @@ def cutter(added: dict[str, dict]) -> re.Pattern:
     for content, flags in sorted(added.items(), key=lambda item: -len(item[0])):  # the longest one wins
         if flags.get("single_word"):
             raise ValueError(f"added token {content!r} with the flag single_word is not supported")
-        branches.append(r"\s*" * flags.get("lstrip", False) + re.escape(content) + r"\s*" * flags.get("rstrip", False))
+        before, after = (r"\s*" if flags.get(side) else "" for side in ("lstrip", "rstrip"))
+        branches.append(before + re.escape(content) + after)
     return re.compile("(" + ("|".join(branches) or "(?!)") + ")")  # (?!) never matches
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_evaluate import IDS, TEXT, jsonl, label, run, tiny  # noqa: F401
 from test_hub import client
 
+import evaluate
 import models
 
 
@@ -57,6 +59,19 @@ def refused(run, tmp_path):
     (["--prompts", "no-such-file.jsonl"], ["no-such-file.jsonl"]),
     (["--prompts", "."], ["directory"]),
     (["--frobnicate"], ["--frobnicate"]),
+    (["--prompts", ""], ["--prompts", "''"]),
+    (["--seed", str(2**64)], ["--seed", "2^64"]),
+    (["--seed", str(-(2**63) - 1)], ["--seed", "-2^63"]),
+    (["--batch-size", "9" * 30], ["--batch-size", "2147483647"]),
+    (["--device", "hpu"], ["device", "hpu"]),
+    (["--device", "privateuseone"], ["device", "privateuseone"]),
+    (["--rules", "ln,gamma=1e308"], ["gamma", "1e+308", "1e12"]),
+    (["--rules", "epsilon=1e-46"], ["epsilon", "1e-46", "1e-12"]),
+    (["--rules", "temperature=1e-320"], ["temperature", "1e-12"]),
+    (["--methods", "ln+epsilon=0"], ["ln+epsilon=0", "positive number"]),
+    (["--methods", "epsilon=1+gamma=1"], ["epsilon=1+gamma=1", "choose one"]),
+    (["--task", "sva", "--thresholds", "1e-4,1,1000000000000"], ["--thresholds", "up to 1000"]),
+    (["--task", "sva", "--saes", "x" * 5000], ["no SAEs at"]),
 ], ids=label)  # fmt: skip
 def test_arguments(arguments, words, tiny, refused):
     message = refused("--model", tiny["gpt2"], *arguments)
@@ -81,10 +96,45 @@ def test_arguments(arguments, words, tiny, refused):
     ([{**IDS, "patch_answer": 1}], ["line 1", "differ"]),
     ([{**IDS, "original": "Then"}], ["line 1", "both"]),
     ([{**IDS, "original": [5] * 41, "patch": [6] * 41}], ["41", "40"]),  # the context
+    (["[" * 200_000], ["line 1", "nested"]),
+    (['{"original": "' + "x" * 10**6 + '"}'], ["line 1", "patch"]),
+    ([{**TEXT, "clean_prefix": "x " * 10**5}], ["line 1", "equally many", "..."]),
 ], ids=label)  # fmt: skip
 def test_prompt_files(rows, words, tiny, refused, tmp_path):
     message = refused("--model", tiny["gpt2"], "--prompts", jsonl(tmp_path / "bad.jsonl", *rows))
     assert all(word in message for word in words), message
+
+
+def test_long_names(refused):
+    assert "unknown model 'xxxx" in refused("--model", "x" * 5000)
+    assert "unknown model" in refused("--model", "a\0b")
+
+
+def test_a_bug_is_called_one(tiny, run, monkeypatch, tmp_path):
+    """Exit code 1, a line, and the traceback in a file; the next model is still run."""
+    evaluate_nodes, times = evaluate.EXPERIMENTS["ioi"], []
+
+    def once(*args):
+        times.append(args)
+        return 1 / 0 if len(times) == 1 else evaluate_nodes(*args)
+
+    monkeypatch.setattr(evaluate, "EXPERIMENTS", {"ioi": once})
+    code, out, err = run("--model", tiny["gpt2"], tiny["gemma2"], "--pairs", 3, "--no-plot", "--methods", "atp")
+    assert code == 1 and len(err) == 1 and "this is a bug; the traceback is in" in err[0]
+    text = Path(err[0].split()[-1]).read_text()
+    assert "ZeroDivisionError" in text and "in once" in text
+    assert (tmp_path / "out" / "gemma2-ioi" / "scores.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory(error, tiny, refused, monkeypatch):
+    def experiment(*_):
+        raise error
+
+    monkeypatch.setattr(evaluate, "EXPERIMENTS", {"ioi": experiment})
+    assert "gpt2: out of memory; try a smaller --batch-size" in refused("--model", tiny["gpt2"])
 
 
 def test_text_without_a_tokenizer(tiny, refused, tmp_path):
@@ -154,6 +204,29 @@ def tokenizer(model, **fields):
     return content("tokenizer.json", json.dumps(spec))
 
 
+def split_by(pattern):
+    steps = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}]
+    steps += [{"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+def deep(n):
+    spec = {"type": "NFC"}
+    for _ in range(n):
+        spec = {"type": "Sequence", "normalizers": [spec]}
+    return spec
+
+
+def no_tokenizer_json(**config):
+    def change(folder):
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text('{"a": 0}')
+        (folder / "merges.txt").write_text("")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+    return change
+
+
 def cut(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -183,6 +256,19 @@ def index(text):
 WTE = "transformer.wte.weight"
 
 
+def odd(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    return weights | {WTE: change(weights[WTE])}
+
+
+def quantized(x):
+    return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+
+
+def nested(x):
+    return torch.nested.nested_tensor(list(x))
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda folder: shutil.rmtree(folder), ["unknown model"]),
     (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
@@ -205,6 +291,13 @@ WTE = "transformer.wte.weight"
     (config(layer_norm_epsilon="small"), ["eps = 'small'"]),
     (config(tie_word_embeddings="no"), ["tied = 'no'"]),
     (config(vocab_size=100), [WTE, "100"]),
+    (config(n_embd=10**9), ["n_embd = 1000000000"]),
+    (config(vocab_size=10**18), ["vocabulary = 1000000000000000000", "numbers"]),
+    (config(n_positions=10**18), ["positions", "numbers"]),
+    (config(n_inner=10**18), ["d_mlp", "numbers"]),
+    (config(n_layer=10**12), ["n_layer", "10000"]),
+    (config(n_layer=9999), ["9999 layers", "tensors"]),
+    (config(layer_norm_epsilon=10**400), ["eps", "..."]),
     (content("config.json", "{not json"), ["config.json", "line 1 column 2"]),
     (content("config.json", "[]"), ["config.json", "object"]),
     (content("config.json", b"\xff\xfe{"), ["config.json"]),
@@ -219,6 +312,11 @@ WTE = "transformer.wte.weight"
     (tensors(lambda t: t | {"transformer.extra": torch.ones(1)}), ["unexpected", "transformer.extra"]),
     (tensors(lambda t: t | {WTE: torch.ones(3, 16)}), [WTE, "[3, 16]"]),
     (tensors(lambda t: t | {WTE: torch.full_like(t[WTE], torch.nan)}), ["not finite"]),
+    (tensors(lambda t: t | {"wte.weight": t[WTE] + 1}), ["gives twice", "wte.weight"]),
+    (tensors(lambda t: t | {WTE: t[WTE].to(torch.complex64)}), [WTE, "ordinary floating-point"]),
+    (tensors(lambda t: t | {WTE: t[WTE].to(torch.int8)}), [WTE, "ordinary floating-point"]),
+    (index('{"weight_map": {"a": "../model.safetensors"}}'), ["outside", "'../model.safetensors'"]),
+    (index('{"weight_map": {"a": "/etc/passwd"}}'), ["outside", "/etc/passwd"]),
     (index("{}"), ["weight_map"]),
     (index("no json"), ["index.json"]),
     (index('{"weight_map": {"a": "gone.safetensors"}}'), ["gone.safetensors"]),
@@ -233,6 +331,10 @@ WTE = "transformer.wte.weight"
     (pickled(b"PK\x03\x04" * 50), ["pytorch_model.bin"]),
     (pickled(b"\x80\x02}q\x00."), ["pytorch_model.bin"]),
     (pickled(b"<html></html>"), ["pytorch_model.bin"]),
+    (lambda folder: pickled(odd(folder, lambda x: x.to_sparse()))(folder), [WTE, "ordinary"]),
+    (lambda folder: pickled(odd(folder, lambda x: x.to("meta")))(folder), [WTE, "ordinary"]),
+    (lambda folder: pickled(odd(folder, quantized))(folder), [WTE, "ordinary"]),
+    (lambda folder: pickled(odd(folder, nested))(folder), ["pytorch_model.bin"]),
     (content("tokenizer.json", "{}"), ["tokenizer.json"]),
     (content("tokenizer.json", "oops"), ["tokenizer.json"]),
     (content("tokenizer.json", '{"model": {"type": "WordPiece", "vocab": {"a": 0}}}'), ["tokenizer.json", "WordPiece"]),
@@ -240,6 +342,14 @@ WTE = "transformer.wte.weight"
     (tokenizer({"vocab": [1], "merges": []}), ["tokenizer.json"]),
     (tokenizer({"merges": [3]}), ["tokenizer.json"]),
     (tokenizer({"merges": []}, added_tokens=[{}]), ["tokenizer.json"]),
+    (tokenizer({"merges": []}, pre_tokenizer=split_by("")), ["tokenizer.json", "matches empty text"]),
+    (tokenizer({"merges": []}, pre_tokenizer=split_by("\\p{L}*")), ["tokenizer.json", "matches empty text"]),
+    (tokenizer({"merges": []}, pre_tokenizer=split_by("\\p{L}+")), ["tokenizer.json", "leaves out"]),
+    (tokenizer({"merges": []}, pre_tokenizer=split_by("(")), ["tokenizer.json"]),
+    (tokenizer({"merges": []}, normalizer={"type": "Prepend", "prepend": 5}), ["tokenizer.json", "not supported"]),
+    (tokenizer({"merges": []}, normalizer=deep(400)), ["tokenizer.json"]),
+    (tokenizer({"merges": [], "vocab": {"a": 0.5}}), ["tokenizer.json", "0.5 is no token id"]),
+    (no_tokenizer_json(tokenizer_class=5), ["a 5 needs tokenizer.json"]),
     (content("tokenizer_config.json", "oops"), ["tokenizer_config.json"]),
     (content("tokenizer_config.json", '{"bos_token": ["a"]}'), ["tokenizer"]),
 ], ids=label)  # fmt: skip
@@ -252,7 +362,10 @@ def test_checkpoints(change, words, broken):
     {"num_key_value_heads": 3}, {"layer_types": ["full_attention"]}, {"rope_parameters": "fast"},
     {"sliding_window": "wide"}, {"query_pre_attn_scalar": 0}, {"rope_parameters": {"rope_type": "linear"}},
     {"rope_parameters": {"rope_theta": "big"}}, {"head_dim": 7}, {"attn_logit_softcapping": "x"},
-    {"hidden_size": 10**12}, {"num_hidden_layers": None},
+    {"hidden_size": 10**12}, {"num_hidden_layers": None}, {"head_dim": 10**9}, {"sliding_window": 10**30},
+    {"final_logit_softcapping": 10**400}, {"layer_types": ["full_attention", "chunked_attention"]},
+    {"rope_parameters": {"partial_rotary_factor": 1e9}}, {"rope_parameters": {"partial_rotary_factor": "x"}},
+    {"intermediate_size": 10**18}, {"rms_norm_eps": 10**30},
 ], ids=str)  # fmt: skip
 def test_configurations(fields, tiny, refused, tmp_path):
     shutil.copytree(tiny["gemma2"], tmp_path / "broken")

@@ -417,6 +417,23 @@ def test_a_damaged_member_of_a_zip(model, tmp_path):
     refused(file, model, "d.zip is no zip archive, or a damaged one")
 
 
+def test_an_archive_of_another_version(model, tmp_path):
+    dictionaries(tmp_path / "in")
+    file = zipped(tmp_path / "in", tmp_path / "d.zip")
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 255  # the version that is needed to unpack the first member
+    file.write_bytes(content)
+    refused(file, model, "d.zip is no zip archive, or a damaged one")
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda x: x.to("meta"), torch.Tensor.int])
+def test_tensors_of_other_kinds(change, model, tmp_path):
+    file = write_dictionary(tmp_path, ("mlp_out", 0), random_sae(0))
+    weights = torch.load(file, weights_only=True)
+    torch.save({name: change(x) if name == "encoder.weight" else x for name, x in weights.items()}, file)
+    refused(tmp_path, model, "ae.pt has no tensor encoder.weight of floating-point numbers")
+
+
 def test_code_in_a_file_is_not_run(model, gemma, tmp_path):
     class Evil:
         def __reduce__(self):
