@@ -1,12 +1,18 @@
 """AtP*'s fix for q and k: the softmax is computed anew, also where attention is saturated and in low precision."""
 
+import random
+
+import fuzz
 import pytest
 import torch
 from conftest import FAMILIES
 
 import relp
+import tasks
 from beyond import atp_star
 from models import from_pretrained
+from support.scoring import batches, tensors
+from support.tokenizer import load_tokenizer
 
 KINDS = ["head_q", "head_k", "q", "k", "mlp_out"]
 
@@ -173,3 +179,32 @@ def test_what_is_asked_for_and_nothing_else(checkpoint, pair):
         atp_star.attribute(model, *pair, ["keys"])
     with pytest.raises(ValueError, match="metric must be a function"):
         atp_star.attribute(model, *pair, ["k"], "prob_diff")
+
+
+def test_random_models():
+    """120 models of all families, from tame to saturated, with grouped heads and windows, in float64."""
+    kinds, checked = ["head_q", "head_k"], 0
+    for number in range(120):
+        rng = random.Random(number)
+        _, model = fuzz.random_model(rng, torch.float64)
+        tokens = fuzz.random_tokens(rng, model)
+        got, wanted = atp_star.attribute(model, *tokens, kinds), [layer.exact() for layer in layers(model, *tokens)[0]]
+        for kind in kinds:
+            whole = torch.stack([of_layer[kind] for of_layer in wanted], dim=1)
+            if whole.abs().max() > 1e-9:
+                checked += 1
+                assert off(got[kind], whole) < 1e-9, number
+    assert checked > 100
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.2)], ids=str)
+@pytest.mark.parametrize("name", ["toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2"])
+def test_toys(name, dtype, bound):
+    """On IOI, where attention is saturated: the softmax of the q and k that this dtype has, in float64."""
+    model, pairs = from_pretrained(name, dtype), tasks.ioi(load_tokenizer(name), 6)
+    for numbers in batches(pairs, 6):
+        tokens = tensors([pairs[i] for i in numbers], "cpu")
+        got = atp_star.attribute(model, *tokens, ["head_q", "head_k"])
+        wanted = [layer.exact() for layer in layers(model, *tokens)[0]]
+        for kind in got:
+            assert off(got[kind], torch.stack([of_layer[kind] for of_layer in wanted], dim=1)) < bound
