@@ -13,7 +13,10 @@ correlation (PCC) of their scores.
 import argparse
 import os
 import sys
+import tempfile
 import time
+import traceback
+import warnings
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -37,9 +40,11 @@ from support.commandline import (
     add_option,
     instead,
     names,
+    not_empty,
     one_name,
     option,
     read_batch_size,
+    read_seed,
     read_thresholds,
     readable,
     usable_device,
@@ -140,19 +145,16 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device) -> results
         versions=results.versions(),
     )
 
-    # files, figures, table
+    # files, table, figures
     if processes.rank() == 0:
+        # --verify has no AP to compare with: what an earlier run has found of that stays
+        whole = earlier.completed(report) if earlier and o.verify else report
         arrays = earlier.arrays if earlier else {}
         arrays = arrays | {f"{m}_{node}": value for (m, node), value in scored.scores.items()}
         arrays |= {"values": scored.values, **results.prompt_arrays(pairs)}
         results.save(folder / "scores.npz", lambda file: np.savez_compressed(file, **arrays))
-        report.scores_npz = results.fingerprint(folder / "scores.npz")
-        results.save_json(folder / "summary.json", report.as_json())
-        if not o.no_plot:
-            maps = figures.heatmaps(name, scored.scores, methods, o.nodes, pairs, o.metric)
-            results.save_figure(folder / "heatmaps.png", maps)
-            if conserved:
-                results.save_figure(folder / "conservation.png", conservation.draw(name, conserved))
+        whole.scores_npz = results.fingerprint(folder / "scores.npz")
+        results.save_json(folder / "summary.json", whole.as_json())
         tables.print_report(report, methods, o.nodes, paper_numbers(name, o))
         if drowned:
             print(
@@ -162,6 +164,11 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device) -> results
         if AP not in methods and not o.verify:
             tables.print_strongest(scored.scores, methods, o.nodes, pairs)
         print_audits(methods, audits, o.audit)
+        if not o.no_plot:
+            maps = partial(figures.heatmaps, name, scored.scores, methods, o.nodes, pairs, o.metric)
+            results.save_figure(folder / "heatmaps.png", maps)
+            if conserved:
+                results.save_figure(folder / "conservation.png", partial(conservation.draw, name, conserved))
 
     # what the paper does not have
     if o.grid:
@@ -176,8 +183,8 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device) -> results
         if processes.rank() == 0:
             results.save_json(folder / "verified.json", vars(verified))
             print_verified(verified, methods)
-    if not earlier and processes.rank() == 0:
-        results.remove_figures(folder, since=started)
+    if (not earlier or earlier.dropped) and processes.rank() == 0:
+        results.remove_stale(folder, since=started)
     say(f"  written to {folder}/")
     processes.wait_for_all()
     run_ap.remove()
@@ -229,8 +236,8 @@ def count_cells(differs: np.ndarray) -> dict[str, int]:
 
 
 def paper_numbers(name: str, o: "NodeOptions") -> dict | None:
-    """The paper's own numbers for this model, if corruption, metric and rules are those of its experiment."""
-    same = not o.prompts and (o.corruption, o.metric, o.rules) == ("swap", "logit_diff", "paper")
+    """The paper's own numbers for this model, if prompts, metric and rules are those of its experiment."""
+    same = not (o.prompts or o.no_bos) and (o.corruption, o.metric, o.rules) == ("swap", "logit_diff", "paper")
     return TABLE_5.get(name) if same else None
 
 
@@ -278,9 +285,11 @@ def evaluate_circuits(name: str, o: "CircuitOptions", device: torch.device) -> d
     circuit_tables.print_circuits(summary, methods)
     print_audits(methods, audits, o.audit)
     if not o.no_plot:
-        figure = circuit_figures.faithfulness(name, structures, labels, o.metric, o.seed)
-        results.save_figure(folder / "faithfulness.png", figure, dpi=110)
-        results.save_figure(folder / "circuits.png", circuit_figures.circuits(name, structures, labels), dpi=110)
+        curves = partial(circuit_figures.faithfulness, name, structures, labels, o.metric, o.seed)
+        results.save_figure(folder / "faithfulness.png", curves, dpi=110)
+        results.save_figure(
+            folder / "circuits.png", partial(circuit_figures.circuits, name, structures, labels), dpi=110
+        )
     say(f"  written to {folder}/")
     return summary
 
@@ -452,9 +461,11 @@ class Options:
     model: list[str] = option(
         ["toys"], "NAME", "short names, Hub repositories, directories; toys: the four shipped; paper: Table 5's"
     )
-    prompts: str | None = option(None, "FILE", "prompt pairs from a JSON-lines file instead of the templates")
+    prompts: str | None = option(
+        None, "FILE", "prompt pairs from a JSON-lines file instead of the templates", partial(not_empty, "a file")
+    )
     pairs: int = option(100, "N", "prompt pairs (ioi with --prompts: at most that many)", whole)
-    seed: int = option(0, "N", "of the choice of prompts, and of the resamples for intervals", int)
+    seed: int = option(0, "N", "of the choice of prompts, and of the resamples for intervals", read_seed)
     metric: str = option(
         "logit_diff",
         "|".join(relp.METRICS),
@@ -595,14 +606,31 @@ def parse(argv: list[str] | None) -> Options:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def complain(error: BaseException) -> int:
-    print(f"evaluate.py: error: {models.first_line(error)}", file=sys.stderr)
-    return 2
+def complain(error: Exception, name: str = "") -> int:
+    """One line on stderr, and the exit code: 2 for what the user can mend, 1 for a bug of ours."""
+    text, code = models.first_line(error), 2
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        text = "out of memory; try a smaller --batch-size, fewer --pairs, or --dtype bfloat16"
+    elif not isinstance(error, ValueError | OSError):
+        with tempfile.NamedTemporaryFile("w", prefix="evaluate-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+        text, code = f"{type(error).__name__}: this is a bug; the traceback is in {file.name}", 1
+    text = text if name in text or len(name) > 200 else f"{name}: {text}"
+    print(f"evaluate.py: error: {text if len(text) < 1000 else f'{text[:1000]}...'}", file=sys.stderr)
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr. In one process, a model that fails does not stop those after it."""
+    """The exit code. 0: all went well; 2: an error of the user's; 1: a bug of ours.
+
+    In one process, a model that fails does not stop those after it.
+    """
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no word of the Hub's retries; a failure is our error
+    if not sys.warnoptions:  # libraries warn of what ends in our own error, or in nothing
+        warnings.simplefilter("ignore")
+    for stream in (sys.stdout, sys.stderr):  # what the terminal has no letters for is written as \u....
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         o = parse(argv)
         device = processes.join(usable_device(o.device))
@@ -611,25 +639,24 @@ def main(argv: list[str] | None = None) -> int:
         if o.task == "ioi" and o.shard and processes.world() == 1:
             raise ValueError("--shard needs several processes: torchrun --nproc-per-node=N evaluate.py --shard ...")
         results.check_writable(o.out)
-    except ValueError as error:
+    except Exception as error:
         return complain(error)
     reports, code, said = [], 0, set()
     for name in o.model:
         try:
             reports.append(EXPERIMENTS[o.task](name, o, device))
-        except torch.OutOfMemoryError:
-            code = complain(ValueError(f"{name}: out of memory; try a smaller --batch-size, or --dtype bfloat16"))
-        except (ValueError, OSError) as error:
-            code, text = 2, models.first_line(error)
-            if text not in said:  # a mistake in the prompts is said once, not once per model
-                complain(ValueError(text if name in text else f"{name}: {text}"))
-            said.add(text)
+        except Exception as error:
+            key = type(error), str(error)
+            if key not in said:  # one mistake is said once, not once per model
+                found = complain(error, name)
+                code = 1 if 1 in (code, found) else found
+            said.add(key)
         if code and processes.world() > 1:
             return code  # the other processes may be waiting for this one: torchrun ends them
     if o.task == "ioi" and len(reports) > 1 and processes.rank() == 0:
         try:
             compare_models(reports, o)
-        except (ValueError, OSError) as error:
+        except Exception as error:
             code = complain(error)
     processes.leave()
     return code
@@ -643,8 +670,8 @@ def compare_models(reports: list[results.NodeReport], o: NodeOptions) -> None:
     methods = [method(m, rules=o.rules) for m in shared]
     tables.print_overview(reports, methods, o.nodes)
     if not o.no_plot:
-        figure = figures.correlations({report.model: report.pcc for report in reports}, methods, o.nodes)
-        results.save_figure(Path(o.out) / "pcc.png", figure)
+        of_models = {report.model: report.pcc for report in reports}
+        results.save_figure(Path(o.out) / "pcc.png", partial(figures.correlations, of_models, methods, o.nodes))
 
 
 if __name__ == "__main__":

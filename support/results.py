@@ -1,6 +1,7 @@
 """The files of a run: where they go, how they are written, and what an earlier run has left there."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -8,13 +9,15 @@ import platform
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from models import Rules
+from models import Rules, first_line
 from support.processes import say
 from support.scoring import Scores
 from support.statistics import Estimate
@@ -23,8 +26,7 @@ from tasks import Pair
 
 def slug(name: str) -> str:
     """A model's name, repository or directory as the name of a folder."""
-    path = Path(name)
-    return re.sub(r"[^\w.-]+", "-", path.resolve().name if path.is_dir() else name)
+    return re.sub(r"[^\w.-]+", "-", Path(name).resolve().name if os.path.isdir(name) else name)
 
 
 def folder_of(out: str, model: str, prompts: str | None, task: str, tasks: list[str]) -> Path:
@@ -36,7 +38,22 @@ def folder_of(out: str, model: str, prompts: str | None, task: str, tasks: list[
             source = slug(Path(prompts).name)
     folder = Path(out) / f"{slug(model)}-{source}"
     folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob(".*.*"):  # what save() could not rename, because its process was killed
+        if file.suffix[1:].isdecimal() and not is_running(int(file.suffix[1:])):
+            file.unlink(missing_ok=True)
     return folder
+
+
+def is_running(process: int) -> bool:
+    if os.name != "posix":  # elsewhere the question would end it
+        return True
+    try:
+        os.kill(process, 0)  # asks, and does nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # it is another user's
+    return True
 
 
 def check_writable(out: str) -> None:
@@ -66,8 +83,18 @@ def save_json(path: Path, content: dict) -> None:
     save(path, lambda file: file.write(text.encode()))
 
 
-def save_figure(path: Path, figure, dpi: int = 130) -> None:
-    save(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+def save_figure(path: Path, draw: Callable[[], Figure], dpi: int = 130) -> None:
+    """Draw a figure into a file. One that cannot be drawn costs the figure only. ValueError if it cannot be written."""
+    drawn = io.BytesIO()
+    try:
+        figure = draw()
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)  # a $ in a name or a token is a $
+        figure.savefig(drawn, format="png", dpi=dpi)
+    except Exception as error:
+        say(f"  {path} could not be drawn: {first_line(error)}")
+        return
+    save(path, lambda file: file.write(drawn.getbuffer()))
 
 
 def without_nan(value: object) -> object:
@@ -146,13 +173,23 @@ class Earlier:
 
     arrays: dict[str, np.ndarray]
     summary: dict
+    eps: float  # rounding of the dtype that both runs have
+    dropped: bool  # True if arrays were dropped because an option has changed
 
     def of_method(self, method: str, nodes: list[str]) -> dict[tuple[str, str], np.ndarray]:
         """{(method, node): scores}, if they are there for all of these nodes."""
-        arrays = {
-            (method, node): self.arrays[f"{method}_{node}"] for node in nodes if f"{method}_{node}" in self.arrays
-        }
-        return arrays if len(arrays) == len(nodes) else {}
+        arrays = {(method, node): self.arrays.get(f"{method}_{node}") for node in nodes}
+        return arrays if all(self.fits(array) for array in arrays.values()) else {}
+
+    def fits(self, scores: np.ndarray | None) -> bool:
+        """Are these scores what a run on these prompts writes: NaN beyond a prompt's length, and nowhere else?"""
+        lengths, values = self.arrays["lengths"], self.arrays.get("values")
+        if scores is None or values is None or scores.dtype != values.dtype or scores.ndim < 3:
+            return False
+        if scores.shape[0] != len(lengths) or scores.shape[2] != lengths.max():
+            return False
+        beyond = np.arange(lengths.max()) >= lengths[:, None]  # [n, positions]
+        return bool((np.isfinite(scores.swapaxes(1, 2)).reshape(*beyond.shape, -1).all(-1) == ~beyond).all())
 
     def said(self, what: str, method: str) -> object:
         """What summary.json has under `what` for a method, or None."""
@@ -169,10 +206,11 @@ class Earlier:
         They may differ by rounding: of another batch size, say.
         """
         theirs = self.arrays.get("values")
-        if theirs is None or theirs.dtype != values.dtype or theirs[pair_numbers].shape != values.shape:
+        whole = len(self.arrays["lengths"]), 2
+        if theirs is None or theirs.dtype != values.dtype or theirs.shape != whole:
             return False
         off = np.abs(theirs[pair_numbers] - values).max()
-        return bool(off <= np.finfo(values.dtype).eps ** 0.5 * np.abs(values).max())
+        return bool(off <= self.eps**0.5 * np.abs(values).max())
 
     def add_to(self, scores: Scores, is_method: Callable) -> list[str]:
         """Add the methods that this earlier run has scored on all of these nodes, and the new one has not.
@@ -188,6 +226,34 @@ class Earlier:
                 scores.seconds[method] = self.seconds(method)
                 added.append(method)
         return added
+
+    def completed(self, report: NodeReport) -> NodeReport:
+        """The new run's report, and what summary.json has said of methods and nodes that it does not speak of."""
+
+        def there(method: str, node: str) -> bool:
+            return f"{method}_{node}" in self.arrays and f"ap_{node}" in self.arrays
+
+        def kept(what: str, new: dict) -> dict:
+            """new, {method or "method - method": {node: numbers}}, and what the earlier run has of that."""
+            whole = dict(new)
+            for methods, of_nodes in self.dictionary(what).items():
+                of_nodes = of_nodes if isinstance(of_nodes, dict) else {}
+                old = {n: numbers for n, numbers in of_nodes.items() if all(there(m, n) for m in methods.split(" - "))}
+                if old:
+                    whole[methods] = old | new.get(methods, {})
+            return whole
+
+        pcc, differences = kept("pcc", report.pcc), kept("differences", report.differences)
+        seconds = dict(report.seconds)
+        for method in self.dictionary("seconds"):
+            if any(key.partition("_")[0] == method for key in self.arrays):
+                seconds.setdefault(method, self.seconds(method))
+        return replace(report, pcc=pcc, differences=differences, seconds=seconds)
+
+    def dictionary(self, what: str) -> dict:
+        """What summary.json has under `what`, or {} if that is no dictionary."""
+        found = self.summary.get(what)
+        return found if isinstance(found, dict) else {}
 
 
 # The option that a method's scores depend on; for the others, the name says all.
@@ -213,14 +279,17 @@ def earlier_run(folder: Path, pairs: list[Pair], arguments: dict) -> Earlier | N
         if given.get(option, arguments[option]) != arguments[option]:
             say(f"  {folder} holds the results of a run with another {option}: this run replaces them")
             return None
+    dropped = False
     for method, option in DEPENDS_ON.items():
         of_method = [key for key in arrays if key.partition("_")[0] == method]
         if of_method and given.get(option) != arguments[option]:
             unknown_or_other = "other" if option in given else "unknown"
             say(f"  {folder} holds scores of {method} with {unknown_or_other} {option}: this run drops them")
+            dropped = True
             for key in of_method:
                 del arrays[key]
-    return Earlier(arrays, summary)
+    eps = torch.finfo(getattr(torch, arguments["dtype"])).eps
+    return Earlier(arrays, summary, eps, dropped)
 
 
 def if_same_model(earlier: Earlier | None, scores: Scores, folder: Path) -> Earlier | None:
@@ -236,8 +305,8 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def remove_figures(folder: Path, since: float) -> None:
-    """Remove what is of another run than scores.npz: all that is older than the time `since`."""
+def remove_stale(folder: Path, since: float) -> None:
+    """Remove figures and the like that show scores which are not in scores.npz: those older than the time `since`."""
     for name in ("heatmaps.png", "conservation.png", "grid.json", "verified.json"):
         if (folder / name).exists() and (folder / name).stat().st_mtime < since:
             (folder / name).unlink()

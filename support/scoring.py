@@ -88,7 +88,8 @@ def score_pairs(
     run_ap  the function that does AP, if that is among the methods: patch_all() or another with its arguments
     """
     longest = max(len(p.original) for p in pairs)
-    prompts, runs = batch_sizes(batch_size, model.config, longest, device)
+    mine = batch_sizes(batch_size, model.config, longest, device)
+    prompts, runs = map(min, zip(*gathered(mine)))  # GPUs may have unequal memory, and batches must be equal
     parts, seconds = [], {method.name: 0.0 for method in methods}
     off = None if rank() == 0 else True  # None: on in a terminal only
     with tqdm(total=len(pairs), leave=False, disable=off, delay=2, bar_format=BAR) as bar:
@@ -135,7 +136,7 @@ def rounding(model, tokens: Tensor, answers: Tensor, metric: Callable) -> float:
     eps, generator = torch.finfo(model.embed_tokens.weight.dtype).eps, torch.Generator().manual_seed(0)
 
     def hook(name, layer, x):
-        error = eps * (torch.rand(x.shape, generator=generator) - 0.5).to(x.device)
+        error = eps * (torch.rand(x.shape, generator=generator, dtype=torch.float64) - 0.5).to(x.device)
         return (x.double() * (1 + error)).to(x.dtype)
 
     hook.nodes = ("resid_post",)

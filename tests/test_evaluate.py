@@ -15,7 +15,7 @@ import torch
 import evaluate
 import models
 import tasks
-from support import statistics
+from support import scoring, statistics
 from support.tokenizer import BYTE_OF_CHAR, load_tokenizer
 
 WORDS = [" " + word for word in "and went to the gave a John Mary Tom Amy store park book ball has have".split()]
@@ -374,3 +374,10 @@ def test_pairs_takes_the_first_pairs_of_a_file(tiny, results, tmp_path):
     prompts = jsonl(tmp_path / "many.jsonl", *[{**IDS, "original": [5, 6, 7, i]} for i in range(20, 30)])
     summary, scores = results(tiny["gpt2"], "--prompts", prompts, "--pairs", 3, folder="gpt2-many")
     assert scores["original_tokens"][:, 3].tolist() == [20, 21, 22] and summary["prompt_pairs"] == 3
+
+
+def test_what_counts_as_drowned():
+    """Effects that vary by less than ten errors of rounding; zeros and what lies beyond a prompt do not count."""
+    spread = np.array([[-1.0, 1.0, 0.0, np.nan]])
+    effects = {"small": 9 * spread, "large": 11 * spread, "none": 0 * spread}
+    assert scoring.drowned(effects, 1.0) == ["small"]

@@ -7,7 +7,11 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import fuzz
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
@@ -16,6 +20,8 @@ from test_evaluate import IDS, NODES, jsonl, results, run, same, tiny, written  
 import evaluate
 from support import figures
 from support.results import fingerprint
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_output_folders_that_cannot_be(tiny, capsys, tmp_path):
@@ -388,3 +394,164 @@ def test_figures_of_replaced_results_go(tiny, run, tmp_path):
     assert derived <= {path.name for path in folder.iterdir()}
     assert run(*arguments, "--seed", 1, "--no-plot")[0] == 0
     assert not derived & {path.name for path in folder.iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is kept, what is drawn
+
+
+def test_dollars_are_no_mathematics(tiny, run, tmp_path):
+    """In tokens, in a model's name; and braces that mathematics would not like."""
+    named = tmp_path / "$x_{$"
+    shutil.copytree(tiny["gpt2"], named)
+    row = {"original": [5, 6, 7], "patch": [5, 9, 7], "original_answer": 1, "patch_answer": 2}
+    prompts = tmp_path / "pairs.jsonl"
+    text = {"original": "$$ a $x_{$", "patch": "$$ b $x_{$", "original_answer": 1, "patch_answer": 2}
+    for line in (row, text):
+        prompts.write_text(json.dumps(line))
+        code, out, err = run("--model", named, "--prompts", prompts)
+        assert (code, err) == (0, []) and "could not be drawn" not in out
+    assert list(tmp_path.glob("out/*/heatmaps.png"))
+
+
+def test_a_figure_that_fails_costs_the_figure(tiny, run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no such colour\nand more")
+
+    monkeypatch.setattr(figures, "heatmaps", fail)
+    code, out, err = run("--model", tiny["gpt2"], "--pairs", 3)
+    assert (code, err) == (0, [])
+    (line,) = [line for line in out.splitlines() if "could not be drawn" in line]
+    assert "heatmaps.png could not be drawn: no such colour" in line
+    folder = tmp_path / "out" / "gpt2-ioi"
+    assert "PCC with AP" in out and (folder / "conservation.png").exists()
+
+
+def test_figures_go_with_the_scores_they_show(into, run, tiny, tmp_path):
+    folder = tmp_path / "out" / "gpt2-ioi"
+    run("--model", tiny["gpt2"], "--pairs", 3, "--out", tmp_path / "out")
+    assert (folder / "heatmaps.png").exists() and (folder / "conservation.png").exists()
+    run(
+        "--model",
+        tiny["gpt2"],
+        "--pairs",
+        3,
+        "--out",
+        tmp_path / "out",
+        "--methods",
+        "atp",
+        "--rules",
+        "ln",
+        "--no-plot",
+    )
+    assert not (folder / "heatmaps.png").exists() and not (folder / "conservation.png").exists()
+
+
+def test_verify_leaves_what_summary_has(into):
+    """It asks for other nodes, of which AP has none: what was said of the usual ones stays."""
+    summary, scores, _ = into("--methods", "ap,atp,relp")
+    later, _, _ = into("--verify", "5", "--methods", "relp")
+    assert later["pcc"]["atp"] == summary["pcc"]["atp"] and later["seconds"]["ap"] == summary["seconds"]["ap"]
+    assert later["pcc"]["relp"]["mlp_out"] == summary["pcc"]["relp"]["mlp_out"]
+    assert later["differences"] == summary["differences"]
+
+
+def changed(arrays, rng):
+    key = rng.choice([name for name in arrays if name != "seconds"])
+    array = arrays[key]
+    return rng.choice(
+        [
+            arrays | {key: array.astype(complex)},
+            arrays | {key: array.astype(np.float64)},
+            arrays | {key: array[:1]},
+            arrays | {key: array * np.nan},
+            arrays | {"seconds": np.zeros(3)},
+            arrays | {"seconds": np.array("long")},
+            arrays | {"seconds": np.array(-1.0)},
+            arrays | {"more": array},
+            {name: value for name, value in arrays.items() if name != key},
+        ]
+    )
+
+
+def test_kept_files_are_taken_only_as_they_were_written(tiny, run, tmp_path, monkeypatch):
+    """Valid archives of other contents are dropped with one line; the numbers are those of a whole run."""
+    argv = ["--model", tiny["gpt2"], "--pairs", "4", "--no-plot"]
+    run(*argv)
+    whole = dict(np.load(tmp_path / "out" / "gpt2-ioi" / "scores.npz"))
+    shutil.rmtree(tmp_path / "out")
+    folder, rng = tmp_path / "out" / "gpt2-ioi", random.Random(0)
+    fuzz.stop_early([*map(str, argv), "--out", str(tmp_path / "out")])
+    (file,) = folder.glob("unfinished-*.npz")
+    kept = dict(np.load(file))
+    for _ in range(12):
+        file.write_bytes(b"")
+        with open(file, "wb") as opened:
+            np.savez(opened, **changed(kept, rng))
+        code, out, err = run(*argv)
+        assert (code, err) == (0, []) and "damaged file: AP starts afresh" in out
+        scores = np.load(folder / "scores.npz")
+        assert all(np.array_equal(scores[key], whole[key], equal_nan=True) for key in whole)
+    file.write_bytes(b"")
+    with open(file, "wb") as opened:
+        np.savez(opened, **kept)
+    assert "AP goes on with an unfinished run" in run(*argv)[1]
+
+
+def test_what_another_number_of_processes_has_kept_goes(tiny, run, tmp_path):
+    folder = tmp_path / "out" / "gpt2-ioi"
+    folder.mkdir(parents=True)
+    for rank in (0, 1, 7):
+        (folder / f"unfinished-{rank}-abc.npz").write_bytes(b"")
+    argv = ["--model", tiny["gpt2"], "--pairs", "3", "--no-plot"]
+    run(*argv, "--methods", "atp")
+    assert len(list(folder.glob("unfinished-*"))) == 3  # this run has no use for them
+    assert "an unfinished run of other arguments or another version is dropped" in run(*argv)[1]
+    assert not list(folder.glob("unfinished-*"))
+
+
+def test_what_a_killed_process_was_writing_goes(tiny, run, tmp_path):
+    folder = tmp_path / "out" / "gpt2-ioi"
+    folder.mkdir(parents=True)
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    mine, gone = folder / f".scores.npz.{os.getppid()}", folder / f".scores.npz.{int(done.stdout)}"
+    for file in (mine, gone):
+        file.write_bytes(b"")
+    run("--model", tiny["gpt2"], "--pairs", "3", "--no-plot", "--methods", "atp")
+    assert mine.exists() and not gone.exists()
+
+
+def test_grid_takes_only_whole_scores(tiny, run, tmp_path):
+    """AP of an earlier run, of another shape or not finite, is computed again."""
+    argv = ["--model", tiny["gpt2"], "--pairs", "3", "--no-plot", "--methods", "ap,relp"]
+    run(*argv)
+    file = tmp_path / "out" / "gpt2-ioi" / "scores.npz"
+    whole = dict(np.load(file))
+    for change in (
+        lambda a: a[:, :1],
+        lambda a: a[:, :, :-1],
+        lambda a: a.astype(complex),
+        lambda a: a * np.nan,
+        lambda a: a[:2],
+    ):
+        np.savez_compressed(file, **{k: change(v) if k == "ap_mlp_out" else v for k, v in whole.items()})
+        code, _, err = run(*argv, "--grid")
+        assert (code, err) == (0, [])
+        assert np.array_equal(np.load(file)["ap_mlp_out"], whole["ap_mlp_out"], equal_nan=True)
+
+
+def test_a_terminal_without_our_letters(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "evaluate.py",
+        "--model",
+        "toy-gpt2",
+        "--pairs",
+        "2",
+        "--methods",
+        "atp",
+        "--no-plot",
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--out", tmp_path / "übung"], capture_output=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr and b"\\xfcbung" in done.stdout
