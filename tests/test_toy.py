@@ -143,7 +143,7 @@ def test_features_of_the_shipped_saes():
 
 HELP = {"README.md": ["evaluate.py"], "toy/README.md": ["evaluate.py", "toy/train.py", "toy/train_saes.py"]}
 HELP |= {f"{folder}/README.md": ["evaluate.py"] for folder in ("beyond", "support")}
-HELP |= {"tests/README.md": ["evaluate.py", "tests/benchmark.py"]}
+HELP |= {"tests/README.md": ["evaluate.py", "tests/benchmark.py", "tests/fuzz.py"]}
 
 
 @pytest.mark.parametrize("readme", HELP)
