@@ -366,6 +366,7 @@ def test_checkpoints(change, words, broken):
     {"final_logit_softcapping": 10**400}, {"layer_types": ["full_attention", "chunked_attention"]},
     {"rope_parameters": {"partial_rotary_factor": 1e9}}, {"rope_parameters": {"partial_rotary_factor": "x"}},
     {"intermediate_size": 10**18}, {"rms_norm_eps": 10**30},
+    {"head_dim": None, "num_attention_heads": 1e-30},
 ], ids=str)  # fmt: skip
 def test_configurations(fields, tiny, refused, tmp_path):
     shutil.copytree(tiny["gemma2"], tmp_path / "broken")

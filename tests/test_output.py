@@ -498,6 +498,27 @@ def test_kept_files_are_taken_only_as_they_were_written(tiny, run, tmp_path, mon
     assert "AP goes on with an unfinished run" in run(*argv)[1]
 
 
+@pytest.mark.parametrize(
+    "part", [{"pcc": {"relp": 1}}, {"pcc": [1]}, {"seconds": {"ap": {}}}, {"differences": {"x": 1}}]
+)
+def test_verify_beside_an_odd_summary(part, into, tmp_path):
+    into("--methods", "ap,relp")
+    file = tmp_path / "out" / "gpt2-ioi" / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | part))
+    into("--verify", "3", "--methods", "relp")
+
+
+def test_values_of_another_shape(into, tmp_path):
+    """They tell whose weights the scores are of: without them, the scores are not taken."""
+    into("--methods", "ap,relp")
+    file = tmp_path / "out" / "gpt2-ioi" / "scores.npz"
+    whole = dict(np.load(file))
+    for values in (whole["values"][:1], whole["values"][0, 0], whole["values"].astype("U8")):
+        np.savez_compressed(file, **whole | {"values": values})
+        _, scores, _ = into("--methods", "ap,relp", "--grid")
+        assert np.array_equal(scores["ap_mlp_out"], whole["ap_mlp_out"], equal_nan=True)
+
+
 def test_what_another_number_of_processes_has_kept_goes(tiny, run, tmp_path):
     folder = tmp_path / "out" / "gpt2-ioi"
     folder.mkdir(parents=True)
