@@ -104,17 +104,10 @@ class Rules:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"rule {name} is True or False, got {getattr(self, name)!r}")
         for name in ("epsilon", "gamma"):
-            check_parameter(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                check_parameter(name, getattr(self, name))
         if self.epsilon is not None and self.gamma is not None:
             raise ValueError("epsilon and gamma are both rules for linear layers: choose one")
-
-
-def check_parameter(rule: str, value: object) -> None:
-    """ValueError if a rule's number makes no sense."""
-    if value is not None and not is_positive(value):
-        raise ValueError(f"rule {rule} must be a positive number, got {quote(value)}")
-    if value is not None and not 1e-12 <= value <= 1e12:  # beyond, it would overflow, or do nothing
-        raise ValueError(f"rule {rule} must be between 1e-12 and 1e12, got {quote(value)}")
 
 
 # Table 4: the rules of the paper's experiments (the 0-rule on linear layers, no AH-rule). Llama, which the paper leaves
@@ -590,6 +583,14 @@ def is_size(value: object) -> bool:
     return isinstance(value, int) and is_positive(value) and value < 2**63
 
 
+def check_parameter(rule: str, value: object) -> None:
+    """ValueError if a rule's number makes no sense."""
+    if not is_positive(value):
+        raise ValueError(f"rule {rule} must be a positive number, got {quote(value)}")
+    if not 1e-12 <= value <= 1e12:  # beyond, it would overflow, or do nothing
+        raise ValueError(f"rule {rule} must be between 1e-12 and 1e12, got {quote(value)}")
+
+
 def quote(value: object, most: int = 80) -> str:
     """What was given, for an error's one line."""
     text = repr(value)
@@ -642,8 +643,10 @@ def qwen2_config(hf: dict) -> dict:
     n, first = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
     window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
     kinds = hf.get("layer_types") or ["sliding_attention" if layer >= first else "full_attention" for layer in range(n)]
-    windows = of_layers(kinds, window)
-    return {**llama_config(hf), "qkv_bias": True, "out_bias": False, "mlp_bias": False, "windows": windows}
+    return {
+        **llama_config(hf),
+        "qkv_bias": True, "out_bias": False, "mlp_bias": False, "windows": windows_of(kinds, window),
+    }  # fmt: skip
 
 
 def gemma2_config(hf: dict) -> dict:
@@ -654,13 +657,13 @@ def gemma2_config(hf: dict) -> dict:
         "block": "sandwich", "norm_offset": 1.0, "mlp_bias": False, "tied": hf.get("tie_word_embeddings", True),
         "act": hf.get("hidden_activation") or hf.get("hidden_act") or "gelu_pytorch_tanh",
         "attn_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5, "embed_scale": hf["hidden_size"] ** 0.5,
-        "windows": of_layers(kinds, window),
+        "windows": windows_of(kinds, window),
         "attn_softcap": hf.get("attn_logit_softcapping", 50.0),
         "logit_softcap": hf.get("final_logit_softcapping", 30.0),
     }  # fmt: skip
 
 
-def of_layers(kinds: list[str], window: int | None) -> tuple[int | None, ...]:
+def windows_of(kinds: list[str], window: int | None) -> tuple[int | None, ...]:
     """Each layer's attention window, from layer_types."""
     if unknown := [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]:
         known = "sliding_attention and full_attention"
@@ -843,7 +846,7 @@ def from_pretrained(
 
     Its weights need no gradient and keep the checkpoint's values: nothing is folded or centred. ValueError, in one
     line, for an unknown name, no network, a gated or missing repository, a family that is not ours, a corrupt file,
-    and tensors that are missing, unexpected or of the wrong shape.
+    and tensors that are missing, unexpected, given twice or of the wrong shape.
 
     shard: called with the model while it has no weights yet, to share these out over several processes.
     """

@@ -95,7 +95,7 @@ def read_out(model, stream: Tensor, answers: Tensor, metric=logit_diff, lrp=Fals
     if metric is logit_diff:  # it needs the answers' logits only
         columns, answers = answers.unique(return_inverse=True)
     logits = model.unembed(stream[:, -1], lrp, columns)
-    if int(answers.max()) >= logits.shape[-1]:
+    if columns is None and int(answers.max()) >= logits.shape[-1]:
         raise ValueError(f"answers must be token ids below {logits.shape[-1]}, got {int(answers.max())}")
     value = metric(logits, answers)
     if value.shape != logits.shape[:1]:
@@ -128,7 +128,9 @@ def record(model, tokens: Tensor, nodes, lrp=False, grad: bool = False, replace=
     def hook(name, layer, x):
         if replace and (name, layer) in replace:
             x = replace[name, layer]
-        if grad and not x.requires_grad:  # autograd has nothing to go back to from here: the node becomes a leaf
+        # Autograd has nothing to go back to from here: the node becomes a leaf. So does the pattern under the AH-rule:
+        # it has a rho of its own, though it passes nothing on to q and k.
+        if grad and not x.requires_grad:
             x = x.detach().requires_grad_()
         kept[name, layer] = x
         return x
@@ -283,7 +285,6 @@ def attribute(
     check(model, original, patch, answers, nodes, metric)
     keys = {(node_of(name), layer) for name in nodes for layer in range(model.config.n_layers)}
     terms = propagate(model, original, patch, answers, keys, metric, lrp, steps)
-
     return by_layer(model, nodes, lambda name, key: by_part(terms[key].products(), name).sum(-1))
 
 
@@ -527,8 +528,9 @@ def effects(
     if not edits:
         return {}
     pieces = {} if pieces is None else pieces
-    counts = [sum(int(to_run(run, e, pos, lockstep).sum()) for e in edits.values()) for pos in range(run.n_pos)]
-    work = torch.tensor(counts) * torch.arange(run.n_pos, 0, -1)  # a resumed run computes the positions from pos on
+    if progress:
+        counts = [sum(int(to_run(run, e, pos, lockstep).sum()) for e in edits.values()) for pos in range(run.n_pos)]
+        work = torch.tensor(counts) * torch.arange(run.n_pos, 0, -1)  # a resumed run computes the positions from pos on
     for pos in range(run.n_pos):
         if pos not in pieces:
             pieces[pos] = effects_at(run, edits, pos, max(1, rows * run.n_pos // (run.n_pos - pos)), lockstep)

@@ -16,7 +16,8 @@ class Temperature(Rules):
 
     def __post_init__(self):
         super().__post_init__()
-        check_parameter("temperature", self.temperature)
+        if self.temperature is not None:
+            check_parameter("temperature", self.temperature)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
         if self.temperature is None:
