@@ -283,7 +283,7 @@ class Audit:
         best = min(expected, key=lambda switched: distance(got, expected[switched]))
         error = [0.0] * len(got)
         for _ in range(4):  # one draw of roundings may happen to be small: only a fault in all four draws counts
-            for s in {(), best}:
+            for s in dict.fromkeys([(), best]):
                 rough = self.rough(m, *inputs, y.detach(), c, s)
                 error = [max(e, distance([w], [v])) for e, w, v in zip(error, expected[s], rough)]
             visible, faults = self.verdict(got, expected, best, mine, error, rounding, smallest)
