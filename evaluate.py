@@ -147,8 +147,8 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device) -> results
 
     # files, table, figures
     if processes.rank() == 0:
-        # --verify has no AP to compare with: what an earlier run has found of that stays
-        whole = earlier.completed(report) if earlier and o.verify else report
+        # what --verify has no AP for, an earlier run may have found
+        whole = earlier.completed(report) if earlier and o.verify and not pcc else report
         arrays = earlier.arrays if earlier else {}
         arrays = arrays | {f"{m}_{node}": value for (m, node), value in scored.scores.items()}
         arrays |= {"values": scored.values, **results.prompt_arrays(pairs)}
@@ -215,9 +215,8 @@ def audit_methods(model, methods: list[Method], pairs: list[tasks.Pair], metric,
     original, patch, answers = tensors([pairs[i] for i in next(batches(pairs, 4))], device)
     reports = {m.name: audit(model, original, m.lrp, patch) for m in methods if m.lrp is not None}
     lrp = next((m.lrp for m in methods if m.name == "relp"), None)
-    if (
-        lrp is None or hasattr(lrp, "two_runs") or processes.world() > 1
-    ):  # not defined for such rules, and not computed then
+    # conservation is not defined for rules that look at two runs, and not for weights that are shared out
+    if lrp is None or hasattr(lrp, "two_runs") or processes.world() > 1:
         return reports, None
     return reports, conservation.conservation(model, original, answers, metric, lrp)
 
@@ -641,25 +640,24 @@ def main(argv: list[str] | None = None) -> int:
         results.check_writable(o.out)
     except Exception as error:
         return complain(error)
-    reports, code, said = [], 0, set()
+    reports, codes, said = [], [], set()
     for name in o.model:
         try:
             reports.append(EXPERIMENTS[o.task](name, o, device))
         except Exception as error:
             key = type(error), str(error)
             if key not in said:  # one mistake is said once, not once per model
-                found = complain(error, name)
-                code = 1 if 1 in (code, found) else found
+                codes.append(complain(error, name))
             said.add(key)
-        if code and processes.world() > 1:
-            return code  # the other processes may be waiting for this one: torchrun ends them
+        if codes and processes.world() > 1:
+            return codes[0]  # the other processes may be waiting for this one: torchrun ends them
     if o.task == "ioi" and len(reports) > 1 and processes.rank() == 0:
         try:
             compare_models(reports, o)
         except Exception as error:
-            code = complain(error)
+            codes.append(complain(error))
     processes.leave()
-    return code
+    return min(codes, default=0)  # a bug counts more than a mistake
 
 
 def compare_models(reports: list[results.NodeReport], o: NodeOptions) -> None:

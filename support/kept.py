@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models import Config
 from support.processes import gathered, rank, say, world
 from support.results import Earlier, read_npz, save
 from support.scoring import Batch, patch_all
@@ -32,10 +31,8 @@ class KeptPatching:
 
     def __call__(self, model, batch: Batch, nodes: list[str], metric: Callable, **how) -> dict:
         finished = self.earlier.of_method("ap", nodes) if self.earlier else {}
-        layers = {array.shape[1] for array in finished.values()}
-        if layers == {model.config.n_layers} and self.earlier.same_model(
-            batch.values.cpu().numpy(), batch.pair_numbers
-        ):
+        values, layers = batch.values.cpu().numpy(), {array.shape[1] for array in finished.values()}
+        if layers == {model.config.n_layers} and self.earlier.same_model(values, batch.pair_numbers):
             self.seconds_before = self.earlier.seconds("ap")
             n_pos = batch.tokens[0].shape[1]
             return {node: torch.from_numpy(a[batch.pair_numbers][:, :, :n_pos]) for (_, node), a in finished.items()}
@@ -45,7 +42,7 @@ class KeptPatching:
         if not self.files:
             drop_others(self.folder, path)
         self.files.append(path)
-        pieces = Pieces(path, batch, {node: n_parts(node, model.config) for node in nodes}, model.config.n_layers)
+        pieces = Pieces(path, batch)
         self.seconds_before += pieces.seconds_before
         if how["lockstep"]:  # all processes go on from the first position that one of them has not finished
             for pos in sorted(pieces)[min(gathered(len(pieces))) :]:
@@ -75,41 +72,41 @@ def drop_others(folder: Path, mine: Path) -> None:
         file.unlink()
 
 
-def n_parts(name: str, c: Config) -> int:
-    """How many parts of a node AP patches at one position: 1 of a whole node."""
-    parts = {"head": c.n_heads, "head_q": c.n_heads, "head_k": c.n_kv_heads, "head_v": c.n_kv_heads}
-    return (parts | {"head_pattern": c.n_heads, "neuron": c.d_mlp}).get(name, 1)
-
-
 class Pieces(dict):
     """AP's finished positions of one batch, {pos: {(node, layer): effects}}. A position is written when it is set.
 
-    What a file holds is taken only if it is exactly what this run would have written. parts: how many a node has.
+    What a file holds is taken only if it is exactly what this run would have written.
     """
 
-    def __init__(self, path: Path, batch: Batch, parts: dict[str, int], n_layers: int):
+    def __init__(self, path: Path, batch: Batch):
         super().__init__()
         self.path, self.seconds_before, self.began = path, 0.0, time.perf_counter()
         if not path.exists():
             return
-        (n_prompts, n_pos), device = batch.tokens[0].shape, batch.tokens[0].device
-        like = batch.values.cpu().numpy()
-        arrays = read_npz(path)
-        seconds, finished = arrays.pop("seconds", np.array(None)), {}
-        for pos in range(n_pos):
-            names = {(node, layer): f"{pos}-{node}-{layer}" for node in parts for layer in range(n_layers)}
+        arrays, finished = read_npz(path), {}
+        seconds = arrays.pop("seconds", np.array(None))
+        # of a position: {(node, layer): bool [batch, parts]}, with a single part where the whole node is patched
+        like = {
+            (node, layer): of_layer[:, 0].reshape(len(of_layer), -1)
+            for node, differs in batch.differs.items()
+            for layer, of_layer in enumerate(differs.unbind(1))
+        }
+        for pos in range(batch.tokens[0].shape[1]):
+            names = {key: f"{pos}-{key[0]}-{key[1]}" for key in like}
             if arrays.keys() >= set(names.values()):
                 finished[pos] = {key: arrays.pop(name) for key, name in names.items()}
-        right = not arrays and seconds.shape == () and seconds.dtype == float and 0 <= seconds < np.inf
+        dtype = batch.values.cpu().numpy().dtype
+        valid = not arrays and seconds.shape == () and seconds.dtype == float and 0 <= seconds < np.inf
         for of_pos in finished.values():
-            for (node, _), effects in of_pos.items():
-                right &= effects.shape == (n_prompts, parts[node]) and effects.dtype == like.dtype
-                right = right and bool(np.isfinite(effects).all())
-        if not right or list(finished) != list(range(len(finished))):
+            for key, effects in of_pos.items():
+                right = effects.shape == like[key].shape and effects.dtype == dtype
+                valid = valid and right and bool(np.isfinite(effects).all())
+        if not valid or list(finished) != list(range(len(finished))):
             say("  an unfinished run was kept in a damaged file: AP starts afresh")
             return
         for pos, of_pos in finished.items():
-            super().__setitem__(pos, {key: torch.from_numpy(effects).to(device) for key, effects in of_pos.items()})
+            effects = {key: torch.from_numpy(array).to(batch.values.device) for key, array in of_pos.items()}
+            super().__setitem__(pos, effects)
         self.seconds_before = float(seconds)
         say(f"  AP goes on with an unfinished run: {len(self)} positions of this batch are done")
 

@@ -36,7 +36,7 @@ class Method:
         return relp.attribute(model, *arguments, **self.options)
 
 
-AP = Method("ap", "AP")  # has no scores() of this kind: who runs it says how (see scoring.py)
+AP = Method("ap", "AP")  # its scores() is not used: score_pairs() is told how AP is run
 ATP = Method("atp", "AtP")
 
 

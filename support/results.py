@@ -30,7 +30,10 @@ def slug(name: str) -> str:
 
 
 def folder_of(out: str, model: str, prompts: str | None, task: str, tasks: list[str]) -> Path:
-    """The folder of a model's results, made if need be: <model>-<task>, or <model>-<name of the prompts' file>."""
+    """The folder of a model's results: <model>-<task>, or <model>-<name of the prompts' file>.
+
+    It is made if need be, and rid of what a killed process was writing there.
+    """
     source = task
     if prompts:
         source = slug(Path(prompts).stem)
@@ -38,7 +41,7 @@ def folder_of(out: str, model: str, prompts: str | None, task: str, tasks: list[
             source = slug(Path(prompts).name)
     folder = Path(out) / f"{slug(model)}-{source}"
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob(".*.*"):  # what save() could not rename, because its process was killed
+    for file in folder.glob(".*.*"):  # see save()
         if file.suffix[1:].isdecimal() and not is_running(int(file.suffix[1:])):
             file.unlink(missing_ok=True)
     return folder
@@ -169,12 +172,15 @@ class Earlier:
     """What a run on the same prompts has left in a folder: the arrays of scores.npz, and summary.json.
 
     Arrays of a method are dropped if that run had another value of the option that the method depends on.
+
+    eps      rounding of the dtype that both runs have
+    dropped  the methods whose arrays were dropped
     """
 
     arrays: dict[str, np.ndarray]
     summary: dict
-    eps: float  # rounding of the dtype that both runs have
-    dropped: bool  # True if arrays were dropped because an option has changed
+    eps: float
+    dropped: set[str]
 
     def of_method(self, method: str, nodes: list[str]) -> dict[tuple[str, str], np.ndarray]:
         """{(method, node): scores}, if they are there for all of these nodes."""
@@ -193,8 +199,12 @@ class Earlier:
 
     def said(self, what: str, method: str) -> object:
         """What summary.json has under `what` for a method, or None."""
-        of_methods = self.summary.get(what)
-        return of_methods.get(method) if isinstance(of_methods, dict) else None
+        return self.dictionary(what).get(method)
+
+    def dictionary(self, what: str) -> dict:
+        """What summary.json has under `what`, or {} if that is no dictionary."""
+        found = self.summary.get(what)
+        return found if isinstance(found, dict) else {}
 
     def seconds(self, method: str) -> float:
         seconds = self.said("seconds", method)
@@ -228,32 +238,17 @@ class Earlier:
         return added
 
     def completed(self, report: NodeReport) -> NodeReport:
-        """The new run's report, and what summary.json has said of methods and nodes that it does not speak of."""
-
-        def there(method: str, node: str) -> bool:
-            return f"{method}_{node}" in self.arrays and f"ap_{node}" in self.arrays
-
-        def kept(what: str, new: dict) -> dict:
-            """new, {method or "method - method": {node: numbers}}, and what the earlier run has of that."""
-            whole = dict(new)
-            for methods, of_nodes in self.dictionary(what).items():
-                of_nodes = of_nodes if isinstance(of_nodes, dict) else {}
-                old = {n: numbers for n, numbers in of_nodes.items() if all(there(m, n) for m in methods.split(" - "))}
-                if old:
-                    whole[methods] = old | new.get(methods, {})
-            return whole
-
-        pcc, differences = kept("pcc", report.pcc), kept("differences", report.differences)
-        seconds = dict(report.seconds)
-        for method in self.dictionary("seconds"):
-            if any(key.partition("_")[0] == method for key in self.arrays):
-                seconds.setdefault(method, self.seconds(method))
-        return replace(report, pcc=pcc, differences=differences, seconds=seconds)
-
-    def dictionary(self, what: str) -> dict:
-        """What summary.json has under `what`, or {} if that is no dictionary."""
-        found = self.summary.get(what)
-        return found if isinstance(found, dict) else {}
+        """The report of a new run without AP, with what the earlier run has found of the agreement with AP."""
+        kept = {
+            what: {
+                methods: found
+                for methods, found in self.dictionary(what).items()
+                if not self.dropped & set(methods.split(" - "))
+            }
+            for what in ("pcc", "differences")
+        }
+        seconds = {method: self.seconds(method) for method in self.dictionary("seconds") if method not in self.dropped}
+        return replace(report, **kept, seconds=seconds | report.seconds)
 
 
 # The option that a method's scores depend on; for the others, the name says all.
@@ -272,20 +267,20 @@ def earlier_run(folder: Path, pairs: list[Pair], arguments: dict) -> Earlier | N
         say(f"  {folder} holds the results of a run on other prompts: this run replaces them")
         return None
     if summary.get("scores_npz") != fingerprint(folder / "scores.npz"):
-        summary = {}  # it is of another run, whose scores could not be written, or those of the next one were
+        summary = {}  # the two files are of different runs: one of them could not be written
     given = summary.get("arguments")
     given = given if isinstance(given, dict) else {}
     for option in ("dtype", "metric"):
         if given.get(option, arguments[option]) != arguments[option]:
             say(f"  {folder} holds the results of a run with another {option}: this run replaces them")
             return None
-    dropped = False
+    dropped = set()
     for method, option in DEPENDS_ON.items():
         of_method = [key for key in arrays if key.partition("_")[0] == method]
         if of_method and given.get(option) != arguments[option]:
             unknown_or_other = "other" if option in given else "unknown"
             say(f"  {folder} holds scores of {method} with {unknown_or_other} {option}: this run drops them")
-            dropped = True
+            dropped.add(method)
             for key in of_method:
                 del arrays[key]
     eps = torch.finfo(getattr(torch, arguments["dtype"])).eps

@@ -25,6 +25,7 @@ class Batch:
     pair_numbers: list[int]  # which of the pairs these are
     tokens: tuple[Tensor, Tensor, Tensor]  # original, patch [batch, pos], answers [batch, 2]
     values: Tensor  # the metric of both runs [batch, 2]
+    differs: dict[str, Tensor]  # {node: bool [batch, layers, positions, ...]}, True where the two runs differ
 
 
 @dataclass
@@ -97,7 +98,7 @@ def score_pairs(
             mine, done = share(numbers), bar.n
             tokens = tensors([pairs[i] for i in mine], device)
             value, patch_value, differs = relp.compare(model, *tokens, nodes, metric)
-            batch = Batch(mine, tokens, torch.stack([value, patch_value], dim=1))
+            batch = Batch(mine, tokens, torch.stack([value, patch_value], dim=1), differs)
             results = {("differs", node): where.float() for node, where in differs.items()}
 
             def progress(part, done=done, numbers=numbers):
