@@ -1,5 +1,6 @@
 """Circuits of Section 5.2: what is found and measured of them, and their statistics."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -177,11 +178,11 @@ def summarise(structures: dict[str, Structure], seed: int) -> dict:
     weights = {name: resamples_of_prompts(s.held_out, seed) for name, s in structures.items()}
 
     def averaged(variant: str, method: str, which: str, sizes) -> Tensor:  # [sizes, weights]
-        curves = [
+        each = [
             at_sizes(curve(s, variant, method, which, weights[name]), s.runs[variant][method].sizes, sizes)
             for name, s in structures.items()
         ]
-        return torch.stack(curves).mean(0)
+        return torch.stack(each).mean(0)
 
     result = {measure: {variant: {} for variant in VARIANTS} for measure in ("faithfulness", "completeness")}
     result["differences"] = {}
@@ -215,17 +216,22 @@ def summary_of(s: Structure, weights: Tensor) -> dict:
         "cost": {method: vars(cost) for method, cost in s.found.cost.items()},
         "agreement": s.found.agreement,
         "first_layer": s.first_layer,
-        "curves": {
-            variant: {
-                method: {
-                    "sizes": runs.sizes,
-                    "faithfulness": estimates(variant, method, "circuit"),
-                    "completeness": estimates(variant, method, "complement"),
-                }
-                for method, runs in of_methods.items()
+        "curves": curves(s, estimates),
+    }
+
+
+def curves(s: Structure, values: Callable) -> dict:
+    """{variant: {method: sizes, faithfulness, completeness}}, with values(variant, method, which) of the latter two."""
+    return {
+        variant: {
+            method: {
+                "sizes": runs.sizes,
+                "faithfulness": values(variant, method, "circuit"),
+                "completeness": values(variant, method, "complement"),
             }
-            for variant, of_methods in s.runs.items()
-        },
+            for method, runs in of_methods.items()
+        }
+        for variant, of_methods in s.runs.items()
     }
 
 
@@ -321,17 +327,7 @@ def circuit_json(name: str, s: Structure) -> dict:
         "total_effect": s.total_effect,
         "thresholds": s.thresholds,
         "first_layer_judged": s.first_layer,
-        "circuits": {
-            variant: {
-                method: {
-                    "sizes": runs.sizes,
-                    "faithfulness": values(variant, method, "circuit"),
-                    "completeness": values(variant, method, "complement"),
-                }
-                for method, runs in of_methods.items()
-            }
-            for variant, of_methods in s.runs.items()
-        },
+        "circuits": curves(s, values),
         "drawn": {key: value for key, value in vars(s.chosen).items() if key != "units"},
         "strongest": s.strongest,
         "nodes": [describe(unit, s.features, s.roles) for unit in above(s.features[s.chosen.method], s.thresholds[0])],

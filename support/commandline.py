@@ -53,11 +53,15 @@ def one_name(what: str, allowed: Collection[str], text: str) -> str:
     return text
 
 
-def whole(text: str) -> int:
+def read_int(text: str) -> int:
     try:
-        number = int(text)
+        return int(text)
     except ValueError:
         raise ValueError(f"a whole number is needed, got {text!r}") from None
+
+
+def whole(text: str) -> int:
+    number = read_int(text)
     if number < 1:
         raise ValueError(f"must be at least 1, got {number}")
     if number >= 2**31:
@@ -66,10 +70,7 @@ def whole(text: str) -> int:
 
 
 def read_seed(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        raise ValueError(f"a whole number is needed, got {text!r}") from None
+    number = read_int(text)
     if not -(2**63) <= number < 2**64:  # what torch's generators take
         raise ValueError(f"must be from -2^63 to 2^64 - 1, got {text}")
     return number

@@ -33,12 +33,13 @@ WELL_KNOWN_BOS = ("<|begin_of_text|>", "<|endoftext|>", "<bos>", "<s>")
 # from U+0100 on, so that "Ġ" is the space (`bytes_to_unicode` of GPT-2's encoder.py).
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 OTHERS = [byte for byte in range(256) if byte not in VISIBLE]
+BYTE_OF_CHAR = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
+
 # What a tokenizer is tried on when it is loaded.
 TRIAL = (
     "".join(map(chr, range(9, 127)))
     + " Mary's  gave 123 caf\u00e9s\n\n \u6771\u4eac \u0421\u0430\u0448\u0430 \U0001f600 \t"
 )
-BYTE_OF_CHAR = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
 
 
 class Tokenizer:
