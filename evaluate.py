@@ -3,6 +3,7 @@
 python evaluate.py                     the four toy models that come with the project, no download
 python evaluate.py --model gpt2        the real GPT-2 small, from the Hugging Face Hub
 python evaluate.py --task sva          circuits of SAE features (Section 5.2, Figure 3) on the toy GPT-NeoX model
+python evaluate.py --task edges        what the paper does not have: edges between components, see beyond/edges
 
 Read evaluate_nodes() for the first two, evaluate_circuits() for the third. The methods: activation patching (AP, the
 truth), attribution patching (AtP), relevance patching (RelP), Integrated Gradients (IG). The tasks: indirect objects
@@ -17,7 +18,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -32,6 +33,8 @@ import tasks
 from beyond import conservation
 from beyond import grid as grids
 from beyond.audit import audit, print_audits
+from beyond.edges import experiment as edges
+from beyond.edges import tables as edge_tables
 from beyond.methods import NAMES, is_method, method, parse_rules
 from beyond.verify import print_verified, verify
 from support import circuit_figures, circuit_tables, circuits, figures, processes, results, scoring, statistics, tables
@@ -440,6 +443,52 @@ def judge(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Edges, which the paper does not have
+
+
+def evaluate_edges(name: str, o: "EdgeOptions", device: torch.device) -> dict:
+    """Scores of the edges between components, and circuits of them: beyond/edges/README.md explains it."""
+    began = time.perf_counter()
+    model = models.from_pretrained(name, DTYPES[o.dtype], device)
+    processes.choose_threads(model.config.d_model)
+    pairs, judged, judged_on = edge_pairs(name, model, o)
+    say(
+        f"\n{name}: {model.config.n_layers} layers, {len(pairs)} prompt pair{'s' * (len(pairs) > 1)} to find circuits "
+        f"and {judged_on} to judge them, {o.dtype} on {device}, ready after {time.perf_counter() - began:.1f} s"
+    )
+    methods, metric = [method(m, model.config.family, o.rules) for m in o.methods], relp.METRICS[o.metric]
+    audits, _ = audit_methods(model, methods, pairs, metric, device)
+    setting = edges.Setting(
+        name=name,
+        model=model,
+        pairs=pairs,
+        judged=judged,
+        judged_on=judged_on,
+        methods=methods,
+        metric=metric,
+        device=device,
+        audits=audits,
+        by_node=o.level == "node",
+        verify=o.verify,
+        arguments=arguments(o, device),
+    )
+    return edges.evaluate(setting, results.folder_of(o.out, name, o.prompts, o.task, list(TASKS)))
+
+
+def edge_pairs(name: str, model: models.Transformer, o: "EdgeOptions") -> tuple[list, list, str]:
+    """Pairs to score and find circuits on, pairs to judge circuits by, and these in words."""
+    n = o.pairs or (None if o.prompts else 100)
+    wanted = replace(o, pairs=n if o.prompts or o.judge else n + o.held_out)
+    pairs = node_pairs(name, model, wanted)
+    if o.judge:
+        judged = node_pairs(name, model, replace(o, prompts=o.judge, pairs=None))
+        return pairs, judged, f"{len(judged)} pairs of {o.judge}"
+    if o.prompts:
+        return pairs, pairs, "the same pairs"
+    return pairs[:n], pairs[n:], f"{o.held_out} held-out pairs"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line. A task's options are the fields of a dataclass: their defaults, their help, how their text is read.
 
 
@@ -454,7 +503,7 @@ def read_rules(text: str) -> str:
 
 @dataclass(kw_only=True)
 class Options:
-    """What both tasks understand. ValueError if values do not go together."""
+    """What all tasks understand. ValueError if values do not go together."""
 
     task: ClassVar[str]
     model: list[str] = option(
@@ -471,11 +520,12 @@ class Options:
         "what is measured at the output",
         partial(one_name, "metric", relp.METRICS),
     )
-    nodes: list[str] | None = option(NODES, "LIST", f"of {','.join(PATCHABLE)}", partial(names, "node", PATCHABLE))
     methods: list[str] | None = option(
-        ["ap", "atp", "relp"], "LIST", f"of {','.join(NAMES)} and sets of rules, such as ln+ah", read_methods
+        ["ap", "atp", "relp"],
+        "LIST",
+        f"of {','.join(NAMES)} and sets of rules, such as ln+ah; edges: also eap-ig-5, of so many steps",
+        read_methods,
     )
-    steps: int = option(10, "N", "of Integrated Gradients", whole)
     rules: str = option(
         "paper",
         "RULES",
@@ -503,12 +553,20 @@ class Options:
                     f"{other} and {name} would write to one folder, {results.slug(name)}: run them one by one"
                 )
 
+    def refuse(self, *unfit: str) -> None:
+        """ValueError if one of these methods is asked for."""
+        for name in self.methods:
+            if name in unfit or name.startswith("eap-ig") and "eap-ig" in unfit:
+                raise ValueError(f"method {name} has no meaning with --task {self.task}")
+
 
 @dataclass(kw_only=True)
 class NodeOptions(Options):
     """The options of --task ioi."""
 
     task = "ioi"
+    nodes: list[str] = option(NODES, "LIST", f"of {','.join(PATCHABLE)}", partial(names, "node", PATCHABLE))
+    steps: int = option(10, "N", "of Integrated Gradients", whole)
     corruption: str = option(
         "swap",
         "swap|s2",
@@ -531,6 +589,7 @@ class NodeOptions(Options):
             self.methods = [name for name in self.methods if name != "ap"]
             if not self.methods:
                 raise ValueError("--verify needs a method to rank the nodes by, such as --methods relp")
+        self.refuse("eap-ig")
 
 
 @dataclass(kw_only=True)
@@ -540,7 +599,8 @@ class CircuitOptions(Options):
     task = "sva"
     model: list[str] = instead(Options, "model", ["toy-neox"])
     pairs: int = instead(Options, "pairs", 300)
-    nodes: list[str] | None = instead(Options, "nodes", None, "auto")
+    nodes: list[str] | None = instead(NodeOptions, "nodes", None, "auto")
+    steps: int = instead(NodeOptions, "steps", 10)
     methods: list[str] | None = instead(Options, "methods", None, "auto")
     structures: list[str] = option(
         list(tasks.SVA), "LIST", f"of {','.join(tasks.SVA)}", partial(names, "structure", tasks.SVA)
@@ -569,10 +629,38 @@ class CircuitOptions(Options):
             self.methods = ["ap", "atp", "relp", "ig"] if set(self.model) <= set(TOYS) else ["atp", "relp", "ig"]
         if "atp*" in self.methods:
             raise ValueError("AtP*'s fix is one of q and k: it has no meaning with --task sva")
+        self.refuse("eap-ig")
 
 
-TASKS = {"ioi": NodeOptions, "sva": CircuitOptions}
-EXPERIMENTS = {"ioi": evaluate_nodes, "sva": evaluate_circuits}
+@dataclass(kw_only=True)
+class EdgeOptions(Options):
+    """The options of --task edges."""
+
+    task = "edges"
+    pairs: int | None = instead(Options, "pairs", None, "100, or all of a file")
+    methods: list[str] | None = instead(Options, "methods", None, "auto")
+    corruption: str = instead(NodeOptions, "corruption", "swap")
+    held_out: int = instead(CircuitOptions, "held_out", 100)
+    judge: str | None = option(
+        None, "FILE", "prompt pairs to judge circuits by, as in --prompts", partial(not_empty, "a file")
+    )
+    level: str = option("edge", "edge|node", "what circuits are made of", partial(one_name, "level", ("edge", "node")))
+    verify: int | None = instead(NodeOptions, "verify", None)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.methods is None:  # exact patching of every edge is for small models
+            exact = ["ap"] if set(self.model) <= {*TOYS, "toy-planted"} else []
+            self.methods = [*exact, "atp", "relp", "twopoint", "eap-ig-5", "eap-ig-30"]
+        if self.verify:
+            self.methods = [name for name in self.methods if name != "ap"]
+        if self.methods in ([], ["ap"]):
+            raise ValueError("--task edges needs a method beside ap, such as --methods ap,relp")
+        self.refuse("atp*", "ig")
+
+
+TASKS = {"ioi": NodeOptions, "sva": CircuitOptions, "edges": EdgeOptions}
+EXPERIMENTS = {"ioi": evaluate_nodes, "sva": evaluate_circuits, "edges": evaluate_edges}
 
 
 def parse(argv: list[str] | None) -> Options:
@@ -585,11 +673,14 @@ def parse(argv: list[str] | None) -> Options:
         formatter_class=partial(argparse.HelpFormatter, max_help_position=32, width=120),
         argument_default=argparse.SUPPRESS,  # options that are not given are missing from `given`
     )
-    task_help = "indirect objects (Table 5), or circuits of subject-verb agreement (Figure 3) [ioi]"
-    parser.add_argument("--task", metavar="ioi|sva", type=readable(partial(one_name, "task", TASKS)), help=task_help)
+    task_help = "indirect objects (Table 5), circuits of subject-verb agreement (Figure 3), or edges [ioi]"
+    parser.add_argument(
+        "--task", metavar="|".join(TASKS), type=readable(partial(one_name, "task", TASKS)), help=task_help
+    )
     of_tasks = {task: {f.name: f for f in fields(options)} for task, options in TASKS.items()}
-    for name in of_tasks["ioi"] | of_tasks["sva"]:
-        add_option(parser, name, {task: of_task[name] for task, of_task in of_tasks.items() if name in of_task})
+    for name in of_tasks["ioi"] | of_tasks["sva"] | of_tasks["edges"]:
+        having = {task: of_task[name] for task, of_task in of_tasks.items() if name in of_task}
+        add_option(parser, name, having, len(TASKS))
     given = vars(parser.parse_args(argv))
     task = given.pop("task", "ioi")
     for name in sorted(given.keys() - of_tasks[task].keys()):
@@ -633,8 +724,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         o = parse(argv)
         device = processes.join(usable_device(o.device))
-        if o.task == "sva" and processes.world() > 1:
-            raise ValueError("--task sva runs in one process")
+        if o.task != "ioi" and processes.world() > 1:
+            raise ValueError(f"--task {o.task} runs in one process")
         if o.task == "ioi" and o.shard and processes.world() == 1:
             raise ValueError("--shard needs several processes: torchrun --nproc-per-node=N evaluate.py --shard ...")
         results.check_writable(o.out)
@@ -651,9 +742,9 @@ def main(argv: list[str] | None = None) -> int:
             said.add(key)
         if codes and processes.world() > 1:
             return codes[0]  # the other processes may be waiting for this one: torchrun ends them
-    if o.task == "ioi" and len(reports) > 1 and processes.rank() == 0:
+    if o.task in COMPARE and len(reports) > 1 and processes.rank() == 0:
         try:
-            compare_models(reports, o)
+            COMPARE[o.task](reports, o)
         except Exception as error:
             codes.append(complain(error))
     processes.leave()
@@ -670,6 +761,14 @@ def compare_models(reports: list[results.NodeReport], o: NodeOptions) -> None:
     if not o.no_plot:
         of_models = {report.model: report.pcc for report in reports}
         results.save_figure(Path(o.out) / "pcc.png", partial(figures.correlations, of_models, methods, o.nodes))
+
+
+def compare_edges(summaries: list[dict], o: EdgeOptions) -> None:
+    labels = {m: method(m, rules=o.rules).label for m in o.methods}
+    edge_tables.print_overview(summaries, labels | {"random": "random"})
+
+
+COMPARE = {"ioi": compare_models, "edges": compare_edges}
 
 
 if __name__ == "__main__":

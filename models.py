@@ -833,7 +833,7 @@ SHORT_NAMES = {
 }
 TOYS = Path(__file__).parent / "toy"  # the small models beside this file; a copy of it elsewhere has none
 if TOYS.is_dir():
-    SHORT_NAMES |= {f"toy-{kind}": str(TOYS / kind) for kind in ("gpt2", "neox", "qwen2", "gemma2")}
+    SHORT_NAMES |= {f"toy-{kind}": str(TOYS / kind) for kind in ("gpt2", "neox", "qwen2", "gemma2", "planted")}
 
 
 def from_pretrained(

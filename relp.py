@@ -369,14 +369,16 @@ class OriginalRun:
 class Edit:
     """What AP writes into the original run: at `node` of `layer`, one edited run for each True in `cells`.
 
-    cells  bool [batch, pos, part]
-    new    new(prompts [n], pos, parts [n]) -> [n, 1, ...]: the node's activation at position pos in n edited runs
+    cells   bool [batch, pos, part]
+    new     new(prompts [n], pos, parts [n]) -> [n, 1, ...]: the node's activation at position pos in n edited runs
+    to_end  new() returns it at all positions from pos on, and these are edited together
     """
 
     node: str
     layer: int
     cells: Tensor
     new: Callable
+    to_end: bool = False
 
     @property
     def entry(self) -> int:
@@ -542,8 +544,9 @@ def effects(
 def to_run(run: OriginalRun, edit: Edit, pos: int, lockstep: bool) -> Tensor:
     """Which of an edit's cells at one position need a run: bool [batch, part]."""
     # The last position is read out, and another one reaches it through attention only: in the last layer by an edit of
-    # k, of v, or of resid_pre, which enters this layer.
-    matters = edit.entry < run.n_layers or pos == run.n_pos - 1 or edit.node in ("k", "v")
+    # k, of v, or of resid_pre, which enters this layer. An edit up to the end reaches it by itself.
+    reaches = edit.to_end or edit.node in ("k", "v")
+    matters = edit.entry < run.n_layers or pos == run.n_pos - 1 or reaches
     return (edit.cells[:, pos] | lockstep) & matters
 
 
@@ -589,13 +592,16 @@ def run_jobs(run: OriginalRun, edits: list[Edit], jobs: Tensor, pos: int) -> Ten
 def edited_stream(run: OriginalRun, edit: Edit, pos: int, prompts: Tensor, parts: Tensor) -> Tensor:
     """The streams of edited runs before the layer that they enter: [n, positions from pos on, d_model]."""
     new, stream = edit.new(prompts, pos, parts), run.acts["resid_pre", edit.layer][prompts, pos:]
-    if edit.node == "resid_pre":
-        return torch.cat([new, stream[:, 1:]], dim=1)
+    n, later = new.shape[1], run.acts["resid_pre", edit.entry][prompts, pos:]  # n positions are edited
     if edit.node in ("k", "v"):  # a key or value changes all later positions of its layer
         last = edit.entry == run.n_layers
-        return resume(run, edit.layer, stream, prompts, pos, last=last, node=edit.node, new=new)
-    own = resume(run, edit.layer, stream[:, :1], prompts, pos, node=edit.node, new=new)  # others change their own only
-    return torch.cat([own, run.acts["resid_pre", edit.entry][prompts, pos + 1 :]], dim=1)
+        x = resume(run, edit.layer, stream, prompts, pos, last=last, node=edit.node, new=new)
+    elif edit.node == "resid_pre":
+        x = torch.cat([new, later[:, n:]], dim=1)
+    else:  # others change their own position only
+        own = resume(run, edit.layer, stream[:, :n], prompts, pos, node=edit.node, new=new)
+        x = torch.cat([own, later[:, n:]], dim=1)
+    return x[:, -1:] if edit.entry == run.n_layers else x  # after the last layer, only the last position counts
 
 
 def resume(
@@ -603,7 +609,7 @@ def resume(
 ) -> Tensor:
     """One block on the streams x [n, positions from pos on, d_model], which are runs of these prompts.
 
-    If a node of this layer is named, its activation at pos is `new` [n, 1, ...].
+    If a node of this layer is named, its activation is `new` [n, 1 or more, ...] at the positions from pos on.
     """
 
     def hook(name, _, y):
@@ -611,7 +617,7 @@ def resume(
             past_and_y = run.acts[name, layer].index_select(0, prompts)[:, : pos + y.shape[1]]  # a copy
             past_and_y[:, pos:] = y
             if name == node:
-                past_and_y[:, pos : pos + 1] = new
+                past_and_y[:, pos : pos + new.shape[1]] = new
             return past_and_y
         # a recorded pattern has all keys, this run those up to pos
         return new[..., : y.shape[-1]] if name == node else y

@@ -1,5 +1,6 @@
 """The methods and the sets of rules that the command knows by name."""
 
+import re
 from dataclasses import dataclass
 
 from beyond import atp_star
@@ -16,6 +17,8 @@ NUMBERS = ("epsilon", "gamma", "temperature")
 def method(name: str, family: str = "", rules: str = "paper", steps: int = 10) -> Method:
     """The method of this name for a model of this family: one of NAMES, or rules joined by +, such as ln+ah.
 
+    Of edges there is also eap-ig-5, or another number of steps.
+
     rules, steps: of relp and ig. ValueError if the name is unknown.
     """
     match name:
@@ -31,6 +34,8 @@ def method(name: str, family: str = "", rules: str = "paper", steps: int = 10) -
             return Method(name, "two-point", TWO_POINT.get(family))
         case "ig":
             return Method(name, "IG", steps=steps)
+    if found := re.fullmatch(r"eap-ig-([1-9]\d{0,3})", name):
+        return Method(name, f"EAP-IG, {found[1]} steps", steps=int(found[1]))
     try:
         return Method(name, name, parse_rules(name.replace("+", ",")))
     except UnknownRule:

@@ -107,11 +107,12 @@ def usable_device(text: str) -> torch.device:
     return device
 
 
-def add_option(parser: Parser, name: str, of_task: dict[str, Field]) -> None:
+def add_option(parser: Parser, name: str, of_task: dict[str, Field], n_tasks: int) -> None:
+    """of_task: the option in each of the tasks that have it, of n_tasks in all."""
     first = next(iter(of_task.values())).metadata
     text, shown = first["text"], {task: f.metadata["shown"] for task, f in of_task.items()}
-    if len(of_task) == 1:
-        text = f"{next(iter(of_task))} only; {text}"
+    if len(of_task) < n_tasks:
+        text = f"{', '.join(of_task)} only; {text}"
     if len(set(shown.values())) > 1:
         text += f" [{'; '.join(f'{task}: {value}' for task, value in shown.items())}]"
     elif default := next(iter(shown.values())):

@@ -1,0 +1,1 @@
+"""Edges between components: their scores, their exact patching, and circuits of them. Start with graph.py."""

@@ -1,0 +1,131 @@
+"""Judging circuits on pairs: the curves of f over size, their areas, and the smallest circuit that does the task."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from beyond.edges.circuits import SHARES, TARGET, Circuits, area, best, faithfulness, ranking
+from beyond.edges.graph import Graph
+from beyond.edges.scoring import MOST
+from support.scoring import batches, tensors
+from support.statistics import estimate
+from tasks import Pair
+
+MEASURES = {  # name: (which curve, over the logarithm of the size?)
+    "cpr": ("signed", False),
+    "cmd": ("absolute", False),
+    "cpr_log": ("signed", True),
+    "cmd_log": ("absolute", True),
+}
+
+
+class Judge:
+    """Runs circuits on prompt pairs of any lengths, each circuit once.
+
+    What the patch runs have contributed is kept, if that is at most MOST numbers; otherwise it is computed each time.
+    """
+
+    def __init__(self, model, pairs: list[Pair], metric: Callable, device: torch.device, size: int):
+        every = list(batches(pairs, size))
+        self.order = torch.tensor([i for numbers in every for i in numbers]).argsort()
+        self.known, self.graph = {}, Graph.of(model.config)
+        n_tokens = sum(len(pair.original) for pair in pairs)
+        keeps = n_tokens * len(self.graph.writers) * model.config.d_model <= MOST
+        self.make = [
+            partial(Circuits, model, *tensors([pairs[i] for i in numbers], device), metric) for numbers in every
+        ]
+        self.made = [make() for make in self.make] if keeps else []
+        self.whole, self.empty = self(self.graph.edges), self(torch.zeros_like(self.graph.edges))
+
+    def __call__(self, kept: Tensor) -> Tensor:
+        """The metric of each pair [n], in float64."""
+        key = kept.numpy().tobytes()
+        if key not in self.known:
+            circuits = self.made or (make() for make in self.make)
+            values = torch.cat([circuit(kept) for circuit in circuits])
+            self.known[key] = values.cpu().double()[self.order]
+        return self.known[key]
+
+    def f(self, kept: Tensor) -> float:
+        """f of one circuit: the ratio of the means over the pairs."""
+        once = torch.ones(1, len(self.whole), dtype=torch.float64)
+        return float(faithfulness(self(kept), self.whole, self.empty, once)["ratio_of_means"])
+
+
+@dataclass
+class Curve:
+    """f of a method's circuits at SHARES, by one ranking of the items. Sizes are in edges, after pruning."""
+
+    sizes: list[int]
+    f: dict[str, Tensor]  # {"ratio_of_means" or "mean_of_ratios": [shares, weights]}
+
+
+def curves(judge: Judge, scores: Tensor, by_node: bool, weights: Tensor) -> dict[str, Curve]:
+    """{"signed" or "absolute": Curve} of one method's scores [writers, readers], or of writers.
+
+    weights [W, pairs]: how often each judged pair counts.
+    """
+    result, items = {}, items_of(judge.graph, by_node)
+    for name in ("signed", "absolute"):
+        order = ranking(scores, items, name == "signed")
+        kept = [best(order, int(share * len(order)), judge.graph, by_node) for share in SHARES]
+        values = torch.stack([judge(circuit) for circuit in kept])
+        f = faithfulness(values, judge.whole, judge.empty, weights)
+        result[name] = Curve([int(circuit.sum()) for circuit in kept], f)
+    return result
+
+
+def items_of(graph: Graph, by_node: bool) -> Tensor:
+    """What is ranked: edges, or writers."""
+    return torch.ones(len(graph.writers), dtype=torch.bool) if by_node else graph.edges
+
+
+def areas(curves: dict[str, Curve]) -> dict[str, Tensor]:
+    """{measure: [W]}, and the same with _mean_of_ratios for the other way of averaging."""
+    result = {}
+    for measure, (which, log) in MEASURES.items():
+        for average, f in curves[which].f.items():
+            suffix = "" if average == "ratio_of_means" else f"_{average}"
+            result[measure + suffix] = area((1 - f).abs() if measure.startswith("cmd") else f, log=log)
+    return result
+
+
+def compared(of_methods: dict[str, dict[str, Tensor]]) -> tuple[dict, dict]:
+    """The areas of every method, and the difference of every two on the same resamples of the pairs."""
+    each = {method: {measure: estimate(values) for measure, values in of.items()} for method, of in of_methods.items()}
+    differences = {
+        f"{other} - {one}": {
+            measure: estimate(of_methods[other][measure] - values) for measure, values in of_methods[one].items()
+        }
+        for one, other in itertools.combinations(of_methods, 2)
+    }
+    return each, differences
+
+
+def smallest(judge: Judge, scores: Tensor, by_node: bool) -> tuple[Tensor, int]:
+    """The smallest circuit with f >= TARGET, found by bisection in the ranking by size; and of how many items it is.
+
+    f does not always rise with the size: between the first of SHARES that reaches TARGET and the one before it, the
+    circuit found is one whose next smaller neighbour falls short.
+    """
+    order = ranking(scores, items_of(judge.graph, by_node), signed=False)
+
+    def circuit(n: int) -> Tensor:
+        return best(order, n, judge.graph, by_node)
+
+    too_few = 0
+    for enough in (int(share * len(order)) for share in SHARES):
+        if judge.f(circuit(enough)) >= TARGET:
+            break
+        too_few = enough
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if judge.f(circuit(middle)) >= TARGET:
+            enough = middle
+        else:
+            too_few = middle
+    return circuit(enough), enough
