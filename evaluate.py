@@ -688,7 +688,9 @@ def parse(argv: list[str] | None) -> Options:
     if "prompts" in given:
         for name in sorted(given.keys() & {"corruption", "structures"}):
             raise ValueError(f"--{name} is for the templates: it has no meaning with --prompts")
-    if "verify" in given:
+    if task == "edges" and "held_out" in given and given.keys() & {"prompts", "judge"}:
+        raise ValueError("--held-out is for the templates: name a file of pairs to judge circuits by with --judge")
+    if task == "ioi" and "verify" in given:
         given.setdefault("nodes", [*NODES, "head", "neuron"])
     return TASKS[task](**given)
 

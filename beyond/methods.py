@@ -34,7 +34,10 @@ def method(name: str, family: str = "", rules: str = "paper", steps: int = 10) -
             return Method(name, "two-point", TWO_POINT.get(family))
         case "ig":
             return Method(name, "IG", steps=steps)
-    if found := re.fullmatch(r"eap-ig-([1-9]\d{0,3})", name):
+    if name.startswith("eap-ig"):
+        found = re.fullmatch(r"eap-ig-([1-9]\d{0,3})", name)
+        if not found:
+            raise ValueError(f"method {name!r}: a number of steps from 1 to 9999 is needed, as in eap-ig-5")
         return Method(name, f"EAP-IG, {found[1]} steps", steps=int(found[1]))
     try:
         return Method(name, name, parse_rules(name.replace("+", ",")))

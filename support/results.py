@@ -30,7 +30,7 @@ def slug(name: str) -> str:
 
 
 def folder_of(out: str, model: str, prompts: str | None, task: str, tasks: list[str]) -> Path:
-    """The folder of a model's results: <model>-<task>, or <model>-<name of the prompts' file>.
+    """The folder of a model's results: <model>-<task>, or <model>-<name of the prompts' file>; for edges, both.
 
     It is made if need be, and rid of what a killed process was writing there.
     """
@@ -39,6 +39,7 @@ def folder_of(out: str, model: str, prompts: str | None, task: str, tasks: list[
         source = slug(Path(prompts).stem)
         if source in tasks:  # ioi.jsonl is not the task's own prompts
             source = slug(Path(prompts).name)
+        source += "-edges" if task == "edges" else ""
     folder = Path(out) / f"{slug(model)}-{source}"
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob(".*.*"):  # see save()

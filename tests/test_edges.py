@@ -283,7 +283,7 @@ def test_heads_add_up_to_what_attention_writes(load, tokens, family):
     _, acts = relp.record(model, tokens, {"z", "attn_out"})
     for layer in range(model.config.n_layers):
         parts = written_by_heads(model, layer, acts["z", layer])
-        torch.testing.assert_close(parts.sum(2), acts["attn_out", layer], rtol=0, atol=1e-12)
+        torch.testing.assert_close(parts.sum(0), acts["attn_out", layer], rtol=0, atol=1e-12)
 
 
 def test_a_model_that_is_no_transformer_is_refused(pair):

@@ -1,6 +1,7 @@
 """Plant a circuit: a small GPT-2 whose weights are set by hand, so that it is known which edges matter.
 
-    python toy/plant.py            # writes toy/planted: the checkpoint, its tokenizer and 40 prompt pairs
+    python toy/plant.py                       writes toy/planted: the checkpoint, its tokenizer and 40 prompt pairs
+    python toy/plant.py --judge edges.npz     how well the methods of an edge run have found the circuit
 
 The task is to follow a chain of two links. "Ann Bob" is a link: it leads from Ann to Bob. In
 
@@ -18,6 +19,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -304,10 +306,43 @@ def save(out: Path) -> None:
     (out / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Has a method found the circuit?
+
+
+def judge(path: Path) -> dict[str, tuple[float, float]]:
+    """{method: (AUROC, precision)} from the edges.npz of `evaluate.py --task edges`, edges ranked by |mean score|.
+
+    AUROC is the probability that an edge of the circuit has a larger score than another edge; a tie counts half.
+    Precision is the share of circuit edges among the ten edges with the largest scores.
+    """
+    with np.load(path) as file:
+        arrays = dict(file)
+    readers, writers = arrays["readers"].tolist(), arrays["writers"].tolist()
+    names = np.array([[f"{writer}->{reader}" for reader in readers] for writer in writers])
+    found = {}
+    for method, scores in arrays.items():
+        if scores.shape[1:] != names.shape or scores.dtype.kind != "f":
+            continue
+        size = np.abs(scores.mean(0))
+        there = ~np.isnan(size)
+        size, in_circuit = size[there], np.isin(names[there], CIRCUIT)
+        ours, others = size[in_circuit][:, None], size[~in_circuit]
+        auroc = (ours > others).mean() + 0.5 * (ours == others).mean()
+        first = np.argsort(-size, kind="stable")[: len(CIRCUIT)]
+        found[method] = float(auroc), float(in_circuit[first].mean())
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "toy" / "planted", help="folder (default: toy/planted)")
-    save(parser.parse_args().out)
+    parser.add_argument("--judge", type=Path, metavar="FILE", help="an edges.npz: write nothing")
+    given = parser.parse_args()
+    if not given.judge:
+        return save(given.out)
+    for method, (auroc, precision) in judge(given.judge).items():
+        print(f"{method:12} AUROC {auroc:.3f}   precision at {len(CIRCUIT)} {precision:.2f}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import relp
-from beyond.edges.graph import KINDS, PLAIN, Graph, read_heads, read_mlp, stream_of, written, written_by_heads
+from beyond.edges.graph import KINDS, PLAIN, Graph, read_heads, read_mlp, stream_of, written_by_heads
 from models import Attend, Nodes, Transformer, causal_mask, upcast
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -86,23 +86,24 @@ class Circuits:
         _, acts = relp.record(model, patch, nodes)
         graph = self.graph
         self.streams = {place: upcast(acts[stream_of(graph, *place)]) for place in graph.places}
-        parts = [written(model, acts, layer) for layer in range(graph.n_layers)]
-        self.parts = torch.cat([upcast(acts["resid_pre", 0]).unsqueeze(2), *parts], dim=2)  # [b, t, w, d_model]
+        parts = [upcast(acts["resid_pre", 0]).unsqueeze(0)]
+        for layer in range(graph.n_layers):
+            parts += [written_by_heads(model, layer, acts["z", layer]), upcast(acts["mlp_out", layer]).unsqueeze(0)]
+        self.parts = torch.cat(parts)  # [w, b, t, d_model]
 
     @torch.no_grad()
     def __call__(self, kept: Tensor) -> Tensor:
         """The metric [b] of the run in which only the edges `kept` carry what this run computes."""
         model, graph, c = self.model, self.graph, self.model.config
         embedding = model.embed(self.original)
-        kept, dtype = kept.to(self.parts), embedding.dtype
-        n_pos = embedding.shape[1]
+        kept, n_pos = kept.to(self.parts), embedding.shape[1]
         changes = torch.zeros_like(self.parts)  # what this run contributes minus what the patch run did
-        changes[:, :, 0] = upcast(embedding) - self.parts[:, :, 0]
+        changes[0] = upcast(embedding) - self.parts[0]
 
-        def seen(layer: int, kind: str) -> Tensor:  # [b, t, r, d_model]
+        def seen(layer: int, kind: str) -> Tensor:  # [r, b, t, d_model]
             n = graph.seen(layer, kind)
-            of_circuit = torch.einsum("btwd,wr->btrd", changes[:, :, :n], kept[:n, graph.read(layer, kind)])
-            return (self.streams[layer, kind].unsqueeze(2) + of_circuit).to(dtype)
+            of_circuit = torch.einsum("wr,wbtd->rbtd", kept[:n, graph.read(layer, kind)], changes[:n])
+            return (self.streams[layer, kind] + of_circuit).to(embedding.dtype)
 
         for layer in range(graph.n_layers):
             q, k, v = (read_heads(model, layer, kind, seen(layer, kind)) for kind in KINDS)
@@ -110,10 +111,9 @@ class Circuits:
             z = PLAIN.attention(q, k, v, Attend(c, mask, Nodes(None, layer)))
             writers = graph.written(layer)
             heads, mlp = slice(writers.start, writers.stop - 1), writers.stop - 1
-            changes[:, :, heads] = written_by_heads(model, layer, z) - self.parts[:, :, heads]
-            mlp_out = read_mlp(model, layer, seen(layer, "mlp")[:, :, 0])
-            changes[:, :, mlp] = upcast(mlp_out) - self.parts[:, :, mlp]
-        return relp.read_out(model, seen(graph.n_layers, "logits")[:, :, 0], self.answers, self.metric)
+            changes[heads] = written_by_heads(model, layer, z) - self.parts[heads]
+            changes[mlp] = upcast(read_mlp(model, layer, seen(layer, "mlp")[0])) - self.parts[mlp]
+        return relp.read_out(model, seen(graph.n_layers, "logits")[0], self.answers, self.metric)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -47,18 +47,22 @@ class Setting:
 
 def evaluate(s: Setting, folder: Path) -> dict:
     """Scores, agreement with exact patching, circuits; files, tables, the picture. Returns what is in summary.json."""
-    # scores, and how well they agree with exact patching
     s = replace(s, model=ungrouped(s.model))
     graph, batch_size = Graph.of(s.model.config), s.arguments["batch_size"]
+    longest = max(len(pair.original) for pair in (*s.pairs, *s.judged))
+    size = sizes(batch_size, s.model.config, longest, s.device, by_position=False)[0]
+    found_on = Judge(s.model, s.pairs, s.metric, s.device, size)
+    judge = found_on if s.judged is s.pairs else Judge(s.model, s.judged, s.metric, s.device, size)
+
+    # scores, and how well they agree with exact patching
     score = partial(score_edges, s.name, s.model, s.pairs, metric=s.metric, device=s.device, batch_size=batch_size)
     scores, costs = score(s.methods)
     weights = statistics.resamples([pair.group for pair in s.pairs], seed=s.seed)
     pcc, differences = agreement(scores, s.pairs, weights)
+    if any(len(of.whole) < len(s.pairs) for of in scores.values()):
+        say("  the scores of so many pairs do not fit into memory: only their means are kept, without intervals")
 
     # circuits
-    longest = max(len(pair.original) for pair in (*s.pairs, *s.judged))
-    size = sizes(batch_size, s.model.config, longest, s.device, by_position=False)[0]
-    found_on, judge = (Judge(s.model, pairs, s.metric, s.device, size) for pairs in (s.pairs, s.judged))
     value, patch_value = found_on.whole, found_on.empty  # with no edge kept, this is the patch run
     ranked_by = {name: item_scores(name, of, graph, s.by_node, found_on) for name, of in scores.items()}
     shape, generator = next(iter(ranked_by.values())).shape, torch.Generator().manual_seed(s.seed)
@@ -104,13 +108,15 @@ def evaluate(s: Setting, folder: Path) -> dict:
 
     # files, tables, the picture
     arrays = files.arrays(graph, scores, labels) | results.prompt_arrays(s.pairs)
+    arrays |= {f"judged_{name}": array for name, array in results.prompt_arrays(s.judged).items()}
     results.save(folder / "edges.npz", lambda file: np.savez_compressed(file, **arrays))
     results.save_json(folder / "summary.json", summary)
     for name, circuit in kept.items():
         content = files.circuit_json(s.model.config, files.in_matrix(graph, scores[name].mean), circuit)
         results.save_json(folder / f"circuit-{results.slug(name)}.json", content)
-    for file in folder.glob("circuit-*.json"):  # of methods that an earlier run had
-        if file.stem.removeprefix("circuit-") not in map(results.slug, kept):
+    written = {f"circuit-{results.slug(name)}.json" for name in kept}
+    for file in folder.glob("*"):  # what an earlier run has left beside it
+        if file.match("circuit-*.json") and file.name not in written or file.name in ("circuit.png", "verified.json"):
             file.unlink()
     of_methods = {m.name: m.label for m in s.methods} | {"random": "random order"}
     tables.print_agreement(summary, s.methods)

@@ -29,7 +29,7 @@ def draw(title: str, edges: list[dict], graph: Graph) -> Figure:
     x, y = (np.array([place[i] for place in at.values()] or [0.0]) for i in (0, 1))
     figure = Figure(figsize=(max(7, 3 + 1.05 * np.ptp(x)), 2.4 + 0.9 * np.ptp(y)), layout="constrained")
     ax = figure.subplots()
-    largest = max((abs(score) for *_, score, _ in shown), default=1.0)
+    largest = max((abs(score) for *_, score, _ in shown), default=0) or 1.0
     entered = Counter()
     for writer, reader, score, role in reversed(shown):  # the strongest on top
         node, _, kind = reader.rstrip(">").partition("<")

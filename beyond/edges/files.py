@@ -19,9 +19,10 @@ def arrays(graph: Graph, scores: dict[str, EdgeScores], roles: list[str]) -> dic
     there = graph.edges.numpy()
     result = {"writers": np.array(graph.writers), "readers": np.array(graph.readers), "roles": np.array(roles)}
     for method, of in scores.items():
-        result[method] = spread(of.whole.numpy(), there)
+        whole = of.whole.numpy()
+        result[method] = spread(whole, there)
         if of.roles is not None:
-            result[f"{method}_positions"] = np.moveaxis(spread(of.roles.astype(np.float32), there), 0, -1)
+            result[f"{method}_positions"] = np.moveaxis(spread(of.roles.astype(whole.dtype), there), 0, -1)
     return result
 
 

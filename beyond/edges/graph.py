@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from models import Config, Linear, Nodes, Rules, Transformer, rotate, upcast
+from relp import difference
 
 KINDS = ("q", "k", "v")  # what a head reads
 PLAIN = Rules()
@@ -119,27 +120,32 @@ def ungrouped(model: Transformer) -> Transformer:
 
 
 def written_by_heads(model: Transformer, layer: int, z: Tensor) -> Tensor:
-    """What each head adds to the stream, [..., h, d_model] in float32 or better, from the heads' outputs z [..., h, d].
+    """What each head adds to the stream, [h, b, t, d_model], from the heads' outputs z [b, t, h, d].
 
-    Their sum is attn_out. A bias is divided among the heads. Where a norm follows attention (Gemma 2), it scales the
-    sum of the heads by one number, and so each head's part of it by the same.
+    In float32 or better. Their sum is attn_out. A bias is divided among the heads. Where a norm follows attention
+    (Gemma 2), it scales the sum of the heads by one number, and so each head's part of it by the same.
     """
-    block, c = model.blocks[layer], model.config
-    weight = upcast(block.attn.o.weight).unflatten(1, (c.n_heads, c.d_head))
-    parts = torch.einsum("...he,dhe->...hd", upcast(z), weight)
+    block, parts = model.blocks[layer], through_output_matrix(model, layer, z)
     if block.attn.o.bias is not None:
-        parts = parts + upcast(block.attn.o.bias) / c.n_heads
-    post = getattr(block, "ln1_post", None)
-    if post is None:
+        parts = parts + upcast(block.attn.o.bias) / len(parts)
+    if not hasattr(block, "ln1_post"):
         return parts
-    scale = (post.eps + parts.sum(-2, keepdim=True).square().mean(-1, keepdim=True)).rsqrt()
+    post = block.ln1_post
+    scale = (post.eps + parts.sum(0).square().mean(-1, keepdim=True)).rsqrt()
     return parts * scale * (post.offset + upcast(post.weight))
 
 
-def written(model: Transformer, acts: dict, layer: int) -> Tensor:
-    """What the layer's writers, its heads and its MLP, add to the stream: [b, t, h + 1, d_model]."""
-    heads = written_by_heads(model, layer, acts["z", layer])
-    return torch.cat([heads, upcast(acts["mlp_out", layer]).unsqueeze(2)], dim=2)
+def through_output_matrix(model: Transformer, layer: int, z: Tensor) -> Tensor:
+    """[b, t, h, d] -> [h, b, t, d_model]: each head's output through its part of the output matrix."""
+    weight = upcast(model.blocks[layer].attn.o.weight).unflatten(1, z.shape[2:])
+    return torch.einsum("bthe,dhe->hbtd", upcast(z), weight)
+
+
+def change_of_heads(model: Transformer, layer: int, original: Tensor, patch: Tensor) -> Tensor:
+    """What each head adds to the stream in the patch run minus what it adds in the original run, from z of both."""
+    if hasattr(model.blocks[layer], "ln1_post"):
+        return written_by_heads(model, layer, patch) - written_by_heads(model, layer, original)
+    return through_output_matrix(model, layer, difference(original, patch))  # the bias cancels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,12 +159,12 @@ def by_head(model: Transformer, layer: int, kind: str) -> tuple[Tensor, Tensor |
     return linear.weight.unflatten(0, shape), None if linear.bias is None else linear.bias.unflatten(0, shape)
 
 
-def read_heads(model: Transformer, layer: int, kind: str, streams: Tensor, first: int = 0) -> Tensor:
-    """q, k or v [b, t, h, d] of heads that read a stream each, [b, t, h, d_model], at positions from `first` on."""
+def read_heads(model: Transformer, layer: int, kind: str, streams: Tensor) -> Tensor:
+    """q, k or v [b, t, h, d] of heads that read a stream each, [h, b, t, d_model]."""
     weight, bias = by_head(model, layer, kind)
-    y = torch.einsum("bthd,hed->bthe", model.blocks[layer].ln1(streams, PLAIN), weight)
+    y = torch.einsum("hbtd,hed->bthe", model.blocks[layer].ln1(streams, PLAIN), weight)
     y = y if bias is None else y + bias
-    return y if kind == "v" else rotate(y, first, model.config)
+    return y if kind == "v" else rotate(y, 0, model.config)
 
 
 def read_mlp(model: Transformer, layer: int, stream: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import relp
-from beyond.edges.graph import KINDS, PLAIN, Graph, by_head, read_mlp, stream_of, ungrouped, written
+from beyond.edges.graph import KINDS, PLAIN, Graph, by_head, change_of_heads, read_mlp, stream_of, ungrouped
 from models import Transformer, rotate
 from relp import Edit
 
@@ -43,7 +43,8 @@ def patch_edges(
     _, patch_acts = relp.record(model, patch, {*nodes, "resid_pre"})
     changes = [patch_acts["resid_pre", 0] - run.acts["resid_pre", 0]]
     for layer in range(graph.n_layers):
-        changes += relp.difference(*(written(model, acts, layer) for acts in (run.acts, patch_acts))).unbind(2)
+        changes += change_of_heads(model, layer, run.acts["z", layer], patch_acts["z", layer])
+        changes.append(relp.difference(run.acts["mlp_out", layer], patch_acts["mlp_out", layer]))
     differs = torch.stack([change != 0 for change in changes], dim=2).any(-1)  # [b, t, w]
     if not by_position:  # one run from the first such position on
         differs &= differs.cumsum(1) == 1

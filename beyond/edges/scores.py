@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import relp
-from beyond.edges.graph import KINDS, Graph, by_head, stream_of, ungrouped, written
+from beyond.edges.graph import KINDS, Graph, by_head, change_of_heads, stream_of, ungrouped
 from models import Rules, Transformer, rotate, upcast
 from relp import Terms
 
@@ -69,10 +69,10 @@ def attribute_edges(
 
 
 class Products:
-    """The products of all writers' differences with all readers' coefficients, a layer of each at a time.
+    """The products of all writers' differences with all readers' coefficients.
 
-    No difference and no coefficient is kept for each head of the model: those of a layer are made from z, and from q, k
-    and v, where they are needed.
+    The differences are kept: a stream for each writer, which is less than the backward pass needed before. There are
+    three times as many coefficients; those of one layer are made at a time.
 
     terms  the two runs between which the writers' differences are taken
     lrp    the rules under which the readers' coefficients are carried back to the stream
@@ -80,31 +80,20 @@ class Products:
 
     def __init__(self, model: Transformer, terms: dict, lrp: bool | Rules):
         self.model, self.terms, self.lrp, self.graph = model, terms, lrp, Graph.of(model.config)
+        changes = [relp.difference(*terms["resid_pre", 0][:2]).unsqueeze(0)]
+        for layer in range(self.graph.n_layers):
+            changes.append(change_of_heads(model, layer, *terms["z", layer][:2]))
+            changes.append(relp.difference(*terms["mlp_out", layer][:2]).unsqueeze(0))
+        self.changes = torch.cat(changes)  # u(x_patch) - u(x_original) [w, b, t, d_model]
 
     def edges(self, at: dict, by_position: bool) -> Tensor:
         """at: the activations of the run on which the coefficients were taken, and these."""
-        graph, (n_prompts, n_pos) = self.graph, at["resid_pre", 0].original.shape[:2]
+        graph, (n_prompts, n_pos) = self.graph, self.changes.shape[1:3]
         shape = (n_prompts, n_pos) if by_position else (n_prompts,)
-        product = "btwd,rbtd->btwr" if by_position else "btwd,rbtd->bwr"
-        result = None
+        result = self.changes.new_zeros(*shape, len(graph.writers), len(graph.readers))
         for readers, seen, rho in self.readers(at):
-            if result is None:
-                result = rho.new_zeros(*shape, len(graph.writers), len(graph.readers))
-            for writers, change in self.changes(seen):
-                result[..., writers, readers] = torch.einsum(product, change, rho)
+            result[..., :seen, readers] = multiply(self.changes[:seen], rho, by_position)
         return result
-
-    def changes(self, n: int) -> Iterator[tuple[slice, Tensor]]:
-        """The first n writers, by layer: their numbers, and u(x_patch) - u(x_original) [b, t, w, d_model]."""
-        yield slice(0, 1), relp.difference(*self.terms["resid_pre", 0][:2]).unsqueeze(2)
-        runs = [{key: x[i] for key, x in self.terms.items()} for i in (0, 1)]
-        for layer in range(self.graph.n_layers):
-            writers = self.graph.written(layer)
-            if writers.start >= n:
-                return
-            change = relp.difference(*(written(self.model, acts, layer) for acts in runs))
-            writers = slice(writers.start, min(writers.stop, n))
-            yield writers, change[:, :, : writers.stop - writers.start]
 
     def readers(self, at: dict) -> Iterator[tuple[slice, int, Tensor]]:
         """Readers that see the same writers: their numbers, how many writers, and rho_v [r, b, t, d_model]."""
@@ -127,6 +116,14 @@ class Products:
         yield graph.read(layer, "logits"), graph.seen(layer, "logits"), of_logits
 
 
+def multiply(change: Tensor, rho: Tensor, by_position: bool) -> Tensor:
+    """[w, b, t, d] and [r, b, t, d] -> [b, w, r] or, by position, [b, t, w, r]. Flat: so no tensor is copied."""
+    if not by_position:
+        return torch.einsum("wbk,rbk->bwr", change.flatten(2), rho.flatten(2))
+    products = torch.einsum("wkd,rkd->kwr", change.flatten(1, 2), rho.flatten(1, 2))
+    return products.unflatten(0, change.shape[1:3])
+
+
 def carried_back(model: Transformer, layer: int, at: dict, lrp: bool | Rules) -> Tensor:
     """rho of the stream as each head's q, k and v see it: [3 h, b, t, d_model].
 
@@ -139,26 +136,18 @@ def carried_back(model: Transformer, layer: int, at: dict, lrp: bool | Rules) ->
         with torch.no_grad():
             read_by_rules(model, layer, x.patch, for_patch)
     stream = x.original.detach().requires_grad_()
-    normed, copies, read = read_by_rules(model, layer, stream, rules)
-    rho = torch.autograd.grad(read, copies, [at[kind, layer].rho for kind in KINDS])
-    of_stream = torch.autograd.grad(normed, stream, torch.stack(rho), is_grads_batched=True)[0]
-    return upcast(of_stream)
+    read = read_by_rules(model, layer, stream, rules)
+    rho = [of_head for kind in KINDS for of_head in at[kind, layer].rho.unbind(2)]
+    back = [torch.autograd.grad(y, stream, r, retain_graph=True)[0] for y, r in zip(read, rho)]
+    return upcast(torch.stack(back))
 
 
-def read_by_rules(
-    model: Transformer, layer: int, stream: Tensor, rules: Rules
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The normed stream; what each head's q, k and v read, which is that; and q, k, v [b, t, h, d].
-
-    Autograd can go back from q, k and v to what was read, and from the normed stream to the stream.
-    """
-    normed = model.blocks[layer].ln1(stream, rules)
-    copies, read = [], []  # copies in name only: they share their numbers
+def read_by_rules(model: Transformer, layer: int, stream: Tensor, rules: Rules) -> list[Tensor]:
+    """q, k and v [b, t, d] of each head, so that autograd can go back to the stream from each by itself."""
+    normed, read = model.blocks[layer].ln1(stream, rules), []
     for kind in KINDS:
         weight, bias = by_head(model, layer, kind)
-        of_heads = [normed.detach().requires_grad_() for _ in weight]
-        biases = [None] * len(weight) if bias is None else bias
-        y = torch.stack([rules.linear(*head) for head in zip(of_heads, weight, biases)], dim=2)
-        read.append(y if kind == "v" else rotate(y, 0, model.config))
-        copies += of_heads
-    return normed, copies, read
+        for w, b in zip(weight, [None] * len(weight) if bias is None else bias):
+            y = rules.linear(normed, w, b)
+            read.append(y if kind == "v" else rotate(y.unsqueeze(2), 0, model.config).squeeze(2))
+    return read

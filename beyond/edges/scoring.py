@@ -145,12 +145,14 @@ def keep_positions(kept: Kept, scores: Tensor, at: np.ndarray, longest: int, eac
 def sizes(given: str, c: Config, length: int, device: torch.device, by_position: bool) -> tuple[int, int]:
     """How many pairs, and how many edited runs, go through the model together.
 
-    auto: beside the two runs, a layer's streams as its readers see them, and the scores, must fit into as much memory.
+    auto: fewer pairs than for nodes, so that the streams of a layer's readers, and the scores, fit into memory too. On
+    a CPU few are also fastest.
     """
     prompts, rows = batch_sizes(given, c, length, device)
     if given != "auto":
         return prompts, rows
-    graph = Graph(c.n_layers, c.n_heads, c.block == "parallel")
-    streams = 10 * (3 * c.n_heads + 1) * length * c.d_model
+    graph = Graph.of(c)
+    streams = (3 * c.n_heads + 1) * length * c.d_model
     scores = len(graph.writers) * len(graph.readers) * (length if by_position else 1)
-    return max(1, min(prompts, 2**29 // (streams + 2 * scores))), rows
+    most = min(2**29 // (10 * streams + 2 * scores), prompts if device.type == "cuda" else 2**23 // streams)
+    return max(1, min(prompts, most)), rows

@@ -9,7 +9,7 @@ from support.tables import CAN_DO, NO_BEHAVIOUR, short
 
 KINDS = {"edges": "whole edges", "positions": "edges x positions"}
 AREAS = {"cpr": "CPR", "cmd": "CMD", "cpr_log": "CPR, log", "cmd_log": "CMD, log"}
-WIDTH = 23
+WIDTH = 22
 
 
 def print_agreement(summary: dict, methods: list[Method]) -> None:
@@ -61,7 +61,7 @@ def print_circuits(summary: dict, labels: dict[str, str]) -> None:
 
 
 def row(label: str, cells: list[str], end: str = "") -> None:
-    print((f"  {label:27}" + "".join(f"{cell:{WIDTH}}" for cell in cells) + end).rstrip())
+    print((f"  {label:26} " + "".join(f"{cell:{WIDTH}} " for cell in cells) + end).rstrip())
 
 
 def print_circuit(circuit: list[dict], label: str, most: int = 12) -> None:
