@@ -9,6 +9,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ import plant
 
 import relp
 import tasks
+from beyond.edges.graph import Graph
+from beyond.edges.patching import patch_edges
+from beyond.edges.scores import attribute_edges
 from models import from_pretrained
 from support.tokenizer import load_tokenizer
 
@@ -268,3 +272,24 @@ def test_the_methods_of_the_project_run_on_it():
     batch = [torch.tensor([getattr(p, part) for p in plant.pairs()]) for part in ("original", "patch", "answers")]
     for scores in (relp.activation_patching(model, *batch, ["mlp_out"]), relp.attribute(model, *batch, ["mlp_out"])):
         assert scores["mlp_out"][:, 2, -1].max() < -9 and scores["mlp_out"][:, 0].abs().max() < 1e-4
+
+
+def test_methods_are_judged_by_the_known_circuit(tmp_path):
+    """Exact patching and RelP find the ten edges and no other; the plain gradient misses some of them."""
+    model = from_pretrained("toy-planted")
+    batch = [torch.tensor([getattr(p, part) for p in plant.pairs()]) for part in ("original", "patch", "answers")]
+    graph = Graph.of(model.config)
+    assert {*plant.CIRCUIT, *plant.POSITIONS} < set(EDGES) and len(EDGES) == int(graph.edges.sum())
+    scores = {"ap": patch_edges(model, *batch)[0], "relp": attribute_edges(model, *batch, lrp=True)}
+    scores["atp"] = attribute_edges(model, *batch)
+    scores["none"] = torch.zeros_like(scores["ap"])
+    arrays = {name: x.masked_fill(~graph.edges, torch.nan).numpy() for name, x in scores.items()}
+    np.savez(tmp_path / "edges.npz", writers=graph.writers, readers=graph.readers, **arrays)
+    found = plant.judge(tmp_path / "edges.npz")
+    assert found["ap"] == found["relp"] == (1, 1)
+    assert found["none"][0] == 0.5 and 0.9 < found["atp"][0] < 1 and found["atp"][1] < 0.8
+    by_hand = scores["ap"].mean(0)  # the claims about single edges, by the project's own exact patching
+    for edge in EDGES:
+        writer, reader = edge.split("->")
+        effect = by_hand[graph.writers.index(writer), graph.readers.index(reader)]
+        assert effect < -2 if edge in plant.CIRCUIT else abs(effect) < 1e-4

@@ -341,7 +341,11 @@ def main() -> None:
     given = parser.parse_args()
     if not given.judge:
         return save(given.out)
-    for method, (auroc, precision) in judge(given.judge).items():
+    try:
+        found = judge(given.judge)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{given.judge} is not an edges.npz of this model: {error}")
+    for method, (auroc, precision) in found.items():
         print(f"{method:12} AUROC {auroc:.3f}   precision at {len(CIRCUIT)} {precision:.2f}")
 
 
