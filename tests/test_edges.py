@@ -112,27 +112,27 @@ def test_scores_are_differences_times_the_gradient_at_the_readers_stream(load, p
     scores = attribute_edges(model, *pair, lrp=lrp, by_position=True)
     rho = coefficients_by_hand(model, *pair, lrp)
     before, after = (contributions(model, tokens) for tokens in pair[:2])
-    largest = scores.abs().max()
-    assert largest > 1e-3
-    for w, writer in enumerate(graph.writers):
-        for r, reader in enumerate(graph.readers):
-            wanted = ((after[writer] - before[writer]) * rho[reader]).sum(-1) if graph.edges[w, r] else torch.zeros(())
-            torch.testing.assert_close(
-                scores[:, :, w, r], wanted.expand(pair[0].shape).double(), rtol=0, atol=1e-10 * largest
-            )
-    torch.testing.assert_close(attribute_edges(model, *pair, lrp=lrp), scores.sum(1), rtol=0, atol=1e-10)
+    changes = torch.stack([after[writer] - before[writer] for writer in graph.writers])
+    wanted = torch.einsum("wbtd,rbtd->btwr", changes, torch.stack([rho[reader] for reader in graph.readers]))
+    close = {"rtol": 0, "atol": 1e-10 * scores.abs().max()}
+    assert scores.abs().max() > 1e-3
+    torch.testing.assert_close(scores, wanted * graph.edges, **close)
+    torch.testing.assert_close(attribute_edges(model, *pair, lrp=lrp), scores.sum(1), **close)
+    # the edges of a reader add up to the score of the whole stream that it sees
+    streams = [split_forward(model, tokens)[1] for tokens in pair[:2]]
+    for r, reader in enumerate(graph.readers):
+        wanted = ((streams[1][reader] - streams[0][reader]) * rho[reader]).sum(-1)
+        torch.testing.assert_close(scores[..., r].sum(-1), wanted, **close)
 
 
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("family", EDGE_FAMILIES)
-def test_the_two_sums_are_exact(load, pair, family, rules):
+def test_the_edges_of_a_writer_add_up_to_its_score(load, pair, family, rules):
     model = load(family)
     lrp, graph = rules_of(model, rules), Graph.of(model.config)
-    scores = attribute_edges(model, *pair, lrp=lrp, by_position=True)
-    # over the readers: the node's score
+    of_writers = attribute_edges(model, *pair, lrp=lrp, by_position=True).sum(-1)
     nodes = relp.attribute(model, *pair, ["resid_pre", "head", "attn_out", "mlp_out"], lrp=lrp)
-    of_writers = scores.sum(-1)
-    close = {"rtol": 0, "atol": 1e-10 * scores.abs().max()}
+    close = {"rtol": 0, "atol": 1e-10 * of_writers.abs().max()}
     torch.testing.assert_close(of_writers[:, :, 0], nodes["resid_pre"][:, 0], **close)
     plain_heads = "gemma2" not in family and rules not in ("epsilon", "gamma+ah")
     for layer in range(graph.n_layers):
@@ -142,12 +142,6 @@ def test_the_two_sums_are_exact(load, pair, family, rules):
         torch.testing.assert_close(heads.sum(-1), nodes["attn_out"][:, layer], **close)
         if plain_heads:
             torch.testing.assert_close(heads, nodes["head"][:, layer], **close)
-    # over the writers: the whole difference of the stream that a reader sees
-    rho = coefficients_by_hand(model, *pair, lrp)
-    streams = [split_forward(model, tokens)[1] for tokens in pair[:2]]
-    for r, reader in enumerate(graph.readers):
-        wanted = ((streams[1][reader] - streams[0][reader]) * rho[reader]).sum(-1)
-        torch.testing.assert_close(scores[..., r].sum(-1), wanted, **close)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
