@@ -126,16 +126,17 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device) -> results
     pcc, differences = {}, {}
     if AP in methods:
         pcc, differences = statistics.agreements(scored.scores, scored.differs, o.nodes, others, weights, groups)
-    original, _, answers = tensors([pairs[i] for i in next(batches(pairs, 4))], device)
-    rounding = scoring.rounding(model, original, answers, metric)
+    original, patch, answers = tensors([pairs[i] for i in next(batches(pairs, 4))], device)
+    rounding = scoring.rounding(model, original, relp.targets(model, patch, answers, metric), metric)
     drowned = scoring.drowned({node: scored.scores[methods[0].name, node] for node in o.nodes}, rounding)
-    value, patch_value = torch.tensor(scored.values).unbind(1)
+    values = torch.tensor(scored.values)
+    right, values = scoring.right(model, pairs, values, metric, device).unbind(1), values.unbind(1)
     report = results.NodeReport(
         model=name,
         prompt_pairs=len(pairs),
         metric=o.metric,
-        accuracy={"original": statistics.mean(value > 0, weights), "patch": statistics.mean(patch_value < 0, weights)},
-        value={"original": statistics.mean(value, weights), "patch": statistics.mean(patch_value, weights)},
+        accuracy={run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), right)},
+        value={run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), values)},
         cells={node: count_cells(scored.differs[node]) for node in o.nodes},
         pcc=pcc,
         differences=differences,
@@ -221,6 +222,7 @@ def audit_methods(model, methods: list[Method], pairs: list[tasks.Pair], metric,
     # conservation is not defined for rules that look at two runs, and not for weights that are shared out
     if lrp is None or hasattr(lrp, "two_runs") or processes.world() > 1:
         return reports, None
+    answers = relp.targets(model, patch, answers, metric)
     return reports, conservation.conservation(model, original, answers, metric, lrp)
 
 
@@ -629,6 +631,8 @@ class CircuitOptions(Options):
             self.methods = ["ap", "atp", "relp", "ig"] if set(self.model) <= set(TOYS) else ["atp", "relp", "ig"]
         if "atp*" in self.methods:
             raise ValueError("AtP*'s fix is one of q and k: it has no meaning with --task sva")
+        if self.metric == "kl":
+            raise ValueError("--metric kl compares with the patch run: it has no meaning with --task sva")
         self.refuse("eap-ig")
 
 

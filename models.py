@@ -1,6 +1,6 @@
 """Transformers that can propagate relevance: GPT-2, GPT-NeoX (Pythia), Qwen2, Gemma 2 and Llama, in plain PyTorch.
 
-    model = from_pretrained("gpt2")
+    model = from_pretrained("gpt2")                # or from_transformers(a model of transformers that is in memory)
     logits = model(tokens)                         # the plain forward pass
     logits = model(tokens, lrp=True)               # the same numbers; backward now follows the paper's LRP rules
     logits = model(tokens, hook=hook)              # every named node passes through hook(name, layer, value)
@@ -862,6 +862,22 @@ def from_pretrained(
     return model.requires_grad_(False).eval()
 
 
+def from_transformers(hf_model: nn.Module) -> Transformer:
+    """The same model as one of Hugging Face transformers' that is in memory: its weights are copied, no file is read.
+
+    ValueError as from_pretrained, for a family that is not ours and for weights that do not fit the configuration.
+    """
+    tensors, source = hf_model.state_dict(), Path("in memory", "weights")
+    with torch.device("meta"):
+        model = Transformer(Config.from_hf(hf_model.config.to_dict()))
+    if model.config.family == "gpt_neox" and "lm_head.weight" in tensors:  # so called in memory, embed_out in files
+        tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
+    matched = match(model, {source: {name: list(tensor.shape) for name, tensor in tensors.items()}})
+    some = next(hf_model.parameters())
+    load_weights(model, matched, some.dtype, some.device, lambda _, names: ((n, tensors[n]) for n in names))
+    return model.requires_grad_(False).eval()
+
+
 Shapes = dict[Path, dict[str, list[int]]]  # {file: {name of a tensor: its shape}}
 
 
@@ -909,13 +925,15 @@ def match(model: Transformer, shapes: Shapes) -> dict[Path, dict[str, tuple[list
     return result
 
 
-def load_weights(model: Transformer, matched: dict, dtype: torch.dtype, device: str | torch.device) -> None:
-    """Fill a model on the meta device, tensor by tensor, from the files of match()."""
+def load_weights(
+    model: Transformer, matched: dict, dtype: torch.dtype, device: str | torch.device, read: Callable | None = None
+) -> None:
+    """Fill a model on the meta device, tensor by tensor, from the files of match(); read: instead of read_tensors."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     ours, values = dict(model.named_parameters()), {}
     for file, of_file in matched.items():
-        for theirs, tensor in read_tensors(file, list(of_file)):
+        for theirs, tensor in (read or read_tensors)(file, list(of_file)):
             names, fix = of_file[theirs]
             for n, piece in zip(names, fix.load(tensor, len(names), model.config)):
                 value = torch.empty(piece.shape, dtype=dtype, device=device).copy_(piece)

@@ -86,16 +86,34 @@ def logprob_diff(logits: Tensor, answers: Tensor) -> Tensor:
     return logit_diff(logits.log_softmax(-1), answers)
 
 
-METRICS = {"logit_diff": logit_diff, "prob_diff": prob_diff, "logprob_diff": logprob_diff}
+def kl(logits: Tensor, answers: Tensor) -> Tensor:
+    """KL divergence of the whole next-token distribution from the patch run's: KL(patch run || this run), in nats.
+
+    In the place of answers it takes the patch run's logits [batch, vocab], which targets() gives it. It is 0 in the
+    patch run; so here too, a node that carries the original answer has a negative score.
+    """
+    log_p, log_q = answers.log_softmax(-1), logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+METRICS = {"logit_diff": logit_diff, "prob_diff": prob_diff, "logprob_diff": logprob_diff, "kl": kl}
+
+
+def targets(model, patch: Tensor, answers: Tensor, metric) -> Tensor:
+    """What the metric compares the logits with: the answers, or for kl the patch run's logits."""
+    if METRICS.get(metric, metric) is not kl:
+        return answers
+    with torch.no_grad():
+        return model.unembed(model.stream(patch)[:, -1])
 
 
 def read_out(model, stream: Tensor, answers: Tensor, metric=logit_diff, lrp=False) -> Tensor:
     """The metric [batch] at the last position of the final residual stream [batch, pos, d_model]."""
-    columns = None
+    columns, metric = None, METRICS.get(metric, metric)
     if metric is logit_diff:  # it needs the answers' logits only
         columns, answers = answers.unique(return_inverse=True)
     logits = model.unembed(stream[:, -1], lrp, columns)
-    if columns is None and int(answers.max()) >= logits.shape[-1]:
+    if columns is None and metric is not kl and int(answers.max()) >= logits.shape[-1]:
         raise ValueError(f"answers must be token ids below {logits.shape[-1]}, got {int(answers.max())}")
     value = metric(logits, answers)
     if value.shape != logits.shape[:1]:
@@ -184,6 +202,7 @@ def patch_one_by_one(
     Arguments and result as in attribute(). activation_patching() gives the same numbers, up to rounding, much faster.
     """
     check(model, original, patch, answers, nodes, metric)
+    answers = targets(model, patch, answers, metric)
     _, patch_acts = record(model, patch, nodes)
 
     def patched(key=None, place=None):
@@ -256,7 +275,7 @@ def propagate(
     """
     if steps is not None and lrp is not False:
         raise ValueError("Integrated Gradients averages plain gradients: give steps or lrp, not both")
-    nodes = {name for name, _ in keys}
+    nodes, answers = {name for name, _ in keys}, targets(model, patch, answers, metric)
     patch_lrp = False
     if hasattr(lrp, "two_runs"):
         patch_lrp, lrp = lrp.two_runs()
@@ -415,7 +434,7 @@ def activation_patching(
     if not hasattr(model, "block"):
         scores = patch_one_by_one(model, original, patch, answers, nodes, metric)
         return scores if cells is None else {name: scores[name].where(cells[name], 0) for name in nodes}
-    run = record_original(model, original, answers, nodes, metric)
+    run = record_original(model, original, targets(model, patch, answers, metric), nodes, metric)
     _, patch_acts = record(model, patch, nodes)
 
     def edit(name, layer):
@@ -452,7 +471,7 @@ def patch_features(
     """
     nodes = {name for name, _ in saes}
     check(model, original, patch, answers, nodes, metric, keys=saes)
-    run = record_original(model, original, answers, nodes, metric)
+    run = record_original(model, original, targets(model, patch, answers, metric), nodes, metric)
     _, patch_acts = record(model, patch, nodes)
 
     def edit(key, sae):
@@ -704,6 +723,7 @@ def compare(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The metric [batch] of the original and of the patch run; {node: [batch, layer, pos]}, True where they differ."""
     check(model, original, patch, answers, nodes, metric)
+    answers = targets(model, patch, answers, metric)
     stream, acts = record(model, original, nodes)
     patch_stream, patch_acts = record(model, patch, nodes)
     value, patch_value = (read_out(model, x, answers, metric) for x in (stream, patch_stream))
@@ -738,8 +758,8 @@ def check(model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric
         raise ValueError(f"there must be a prompt of one token at least, got {list(original.shape)}")
     if int(answers.min()) < 0:
         raise ValueError(f"answers must be token ids from 0 on, got {int(answers.min())}")
-    if not callable(metric):
-        raise ValueError(f"metric must be a function, such as relp.METRICS['prob_diff'], got {metric!r}")
+    if not callable(metric) and (not isinstance(metric, str) or metric not in METRICS):
+        raise ValueError(f"metric must be a function or one of {', '.join(METRICS)}, got {metric!r}")
     if isinstance(nodes, str) or not isinstance(nodes, Collection):
         raise ValueError(f"nodes must be a list of names, such as ['resid_pre'], got {nodes!r}")
     if unknown := [name for name in nodes if node_of(name) not in model.nodes]:

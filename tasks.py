@@ -7,11 +7,13 @@ for token. What does not line up is refused here, with the prompt named.
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product, zip_longest
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 
 class Tokenizer(Protocol):
@@ -27,13 +29,20 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two prompts of equal length, and the next token that each calls for."""
+    """Two prompts of equal length, and the next token that each calls for.
+
+    It unpacks into relp's arguments: relp.attribute(model, *pair, nodes=["resid_pre"]).
+    """
 
     original: tuple[int, ...]  # token ids, BOS included
     patch: tuple[int, ...]  # same length
     answers: tuple[int, int]  # (the original's answer, the patch's answer)
     roles: tuple[str, ...]  # one label per position, for figures
     group: str  # pairs of one group have the same length and, if not from a file, the same roles
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """original [1, pos], patch [1, pos] and answers [1, 2]."""
+        return (torch.tensor([ids]) for ids in (self.original, self.patch, self.answers))
 
 
 # What the roles of the templates mean. A role that is not here is a word of the template itself.
@@ -413,6 +422,23 @@ def parse_line(line: bytes, tokenizer: Tokenizer | None, bos: bool, n_vocab: int
         values[ours] = record[key]
         if "answer" in ours and type(record[key]) is int:
             values[ours] = [record[key]]
+    return make_pair(values, tokenizer, bos, n_vocab)
+
+
+def pair(
+    tokenizer: Tokenizer, original: str, patch: str, original_answer: str, patch_answer: str, bos: bool = True
+) -> Pair:
+    """A pair of two strings and their answers, each one token and usually with its leading space.
+
+    The roles are the original's tokens. bos: begin both prompts with the tokenizer's BOS token. ValueError if the two
+    prompts do not have equally many tokens, or are equal, or if an answer is not one token: it names the tokens.
+    """
+    values = dict(zip(FIELDS, (original, patch, original_answer, patch_answer)))
+    return make_pair(values, tokenizer, bos, tokenizer.n_vocab)
+
+
+def make_pair(values: dict, tokenizer: Tokenizer | None, bos: bool, n_vocab: int | None) -> Pair:
+    """The pair of these values, {field: text or token ids}."""
     if isinstance(values["original"], str) != isinstance(values["patch"], str):
         raise ValueError(
             "original and patch must be both strings or both lists of token ids; got "

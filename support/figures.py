@@ -1,7 +1,9 @@
 """The paper's Figure 2 (heat maps of one model) and Figure 1 (correlations of several). Functions return a Figure."""
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 import relp
 from support.methods import Method
@@ -44,10 +46,8 @@ def heatmaps(
         scale = maps[:1] if methods[0].name == "ap" else maps  # AP sets the scale: what exceeds it is wrong
         largest = np.abs(scale).max() or 1.0
         for ax, method, values in zip(column, methods, maps):
-            image = ax.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", origin="lower")
-            ax.set_title(f"{method.label}, {node}", fontsize=9)
+            image = draw_map(ax, values, largest, f"{method.label}, {node}")
             ax.set_xticks(range(len(ticks)), ticks, rotation=90 if ticks is labels else 0, fontsize=7)
-            ax.yaxis.get_major_locator().set_params(integer=True)
         column[-1].set_xlabel(what)
         figure.colorbar(image, ax=column, extend="both", shrink=0.8)
     for ax in axes[:, 0]:
@@ -60,6 +60,38 @@ def heatmaps(
     if legend(labels) and any(ticks is labels for _, ticks, _ in kinds.values()):
         figure.supxlabel(legend(labels), fontsize=7, x=0.01, ha="left", wrap=True)
     return figure
+
+
+def heatmap(scores: dict, labels: list[str], title: str = "") -> Figure:
+    """A map per node of scores {node: [batch, layer, pos]}, of prompts of one length, as relp's functions return them.
+
+    Shown is the mean over the prompts; of heads, neurons and the like, the sum over them. All maps have one scale.
+    labels: of the positions, such as the roles of a tasks.Pair.
+    """
+    maps = {node: x.detach().cpu().double().mean(0).numpy() for node, x in scores.items()}
+    maps = {node: values.sum(-1) if node in relp.PARTS_OF else values for node, values in maps.items()}
+    if wrong := [node for node, values in maps.items() if values.ndim != 2 or values.shape[1] != len(labels)]:
+        shape = list(scores[wrong[0]].shape)
+        raise ValueError(f"scores of {wrong[0]} must be [batch, layer, {len(labels)} labelled positions], got {shape}")
+    largest = max((np.abs(values).max() for values in maps.values()), default=0) or 1.0
+    n_layers = max(len(values) for values in maps.values())
+    size = 1.5 + len(maps) * (1.2 + 0.24 * len(labels)), 1.6 + 0.2 * n_layers
+    figure = Figure(figsize=size, layout="constrained")
+    for ax, (node, values) in zip(figure.subplots(1, len(maps), squeeze=False, sharey=True)[0], maps.items()):
+        image = draw_map(ax, values, largest, node)
+        ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+    figure.axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=figure.axes, shrink=0.8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def draw_map(ax: Axes, values: np.ndarray, largest: float, title: str) -> AxesImage:
+    """Scores [layers, positions] from -largest (blue) to largest (red)."""
+    image = ax.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", origin="lower")
+    ax.set_title(title, fontsize=9)
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    return image
 
 
 def correlations(pcc: dict[str, dict], methods: list[Method], nodes: list[str]) -> Figure:

@@ -131,6 +131,19 @@ def score_pairs(
     return Scores(whole, differs, values, seconds)
 
 
+def right(model, pairs: list[Pair], values: Tensor, metric: Callable, device: torch.device) -> Tensor:
+    """Does each run, the original and the patch run, prefer its own answer? bool [n, 2]; values: the metric of both.
+
+    Every metric but kl says so by its sign.
+    """
+    if metric is relp.kl:
+        values = torch.empty_like(values)
+        for numbers in batches(pairs, 64):
+            tokens = tensors([pairs[i] for i in numbers], device)
+            values[numbers] = torch.stack(relp.compare(model, *tokens, ())[:2], dim=1).to(values)
+    return torch.stack([values[:, 0] > 0, values[:, 1] < 0], dim=1)
+
+
 @torch.no_grad()
 def rounding(model, tokens: Tensor, answers: Tensor, metric: Callable) -> float:
     """How far the metric moves, on average, if each layer's stream is off by one rounding of the model's dtype."""

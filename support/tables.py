@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,33 @@ def short(value: float, *interval: float, sign: str = " ") -> str:
 
     known = interval and all(map(math.isfinite, interval))  # a single prompt has none
     return text(value, sign) + (f" [{' '.join(text(x, sign.strip()) for x in interval)}]" if known else "")
+
+
+class Strongest(NamedTuple):
+    """A node, or a part of one, and its score: the mean over the prompts."""
+
+    node: str
+    layer: int
+    position: int
+    label: str  # of the position
+    part: int | None  # which head or neuron
+    score: float
+
+
+def top(scores: dict, labels: list[str], k: int = 10) -> list[Strongest]:
+    """The k nodes with the largest scores in size, of prompts of one length, {node: [batch, layer, pos, ...]}."""
+    found = []
+    for node, values in scores.items():
+        values = values.detach().double().mean(0).cpu()
+        if values.ndim < 2 or values.shape[1] != len(labels):
+            shape = list(scores[node].shape)
+            raise ValueError(f"scores of {node} must be [batch, layer, {len(labels)} labelled positions], got {shape}")
+        strongest = values.flatten().abs().argsort(descending=True, stable=True)[:k]
+        for index in strongest.tolist():
+            layer, pos, *part = (int(i) for i in np.unravel_index(index, values.shape))
+            score = float(values.flatten()[index])
+            found.append(Strongest(node, layer, pos, labels[pos], part[0] if part else None, score))
+    return sorted(found, key=lambda entry: -abs(entry.score))[:k]
 
 
 def print_report(report: NodeReport, methods: list[Method], nodes: list[str], paper: dict | None) -> None:

@@ -81,7 +81,7 @@ class Circuits:
     @torch.no_grad()
     def __init__(self, model: Transformer, original: Tensor, patch: Tensor, answers: Tensor, metric=relp.logit_diff):
         self.model, self.graph, self.metric = model, Graph.of(model.config), metric
-        self.original, self.answers = original, answers
+        self.original, self.answers = original, relp.targets(model, patch, answers, metric)
         nodes = {"resid_pre", "resid_mid", "resid_post", "z", "mlp_out"} & {*model.nodes}
         _, acts = relp.record(model, patch, nodes)
         graph = self.graph

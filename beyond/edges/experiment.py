@@ -20,6 +20,7 @@ from support import results, statistics
 from support.methods import AP, Method, main_method
 from support.positions import overlay
 from support.processes import say
+from support.scoring import right as right_answers
 from tasks import Pair
 
 
@@ -63,7 +64,8 @@ def evaluate(s: Setting, folder: Path) -> dict:
         say("  the scores of so many pairs do not fit into memory: only their means are kept, without intervals")
 
     # circuits
-    value, patch_value = found_on.whole, found_on.empty  # with no edge kept, this is the patch run
+    values = torch.stack([found_on.whole, found_on.empty], dim=1)  # with no edge kept, this is the patch run
+    right = right_answers(s.model, s.pairs, values, s.metric, s.device)
     ranked_by = {name: item_scores(name, of, graph, s.by_node, found_on) for name, of in scores.items()}
     shape, generator = next(iter(ranked_by.values())).shape, torch.Generator().manual_seed(s.seed)
     ranked_by["random"] = torch.randn(shape, generator=generator)
@@ -87,11 +89,8 @@ def evaluate(s: Setting, folder: Path) -> dict:
         "judged_on": s.judged_on,
         "level": "node" if s.by_node else "edge",
         "n_edges": int(graph.edges.sum()),
-        "accuracy": {
-            "original": statistics.mean(value > 0, weights),
-            "patch": statistics.mean(patch_value < 0, weights),
-        },
-        "value": {"original": statistics.mean(value, weights), "patch": statistics.mean(patch_value, weights)},
+        "accuracy": {run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), right.unbind(1))},
+        "value": {run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), values.unbind(1))},
         "pcc": pcc,
         "differences": differences,
         "cost": {name: vars(cost) for name, cost in costs.items()},

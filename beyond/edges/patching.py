@@ -39,7 +39,7 @@ def patch_edges(
     model = ungrouped(model)
     graph, nodes = Graph.of(model.config), {*KINDS, "z", "mlp_out", "resid_mid", "resid_post"} & {*model.nodes}
     relp.check(model, original, patch, answers, nodes, metric)
-    run = relp.record_original(model, original, answers, nodes, metric)
+    run = relp.record_original(model, original, relp.targets(model, patch, answers, metric), nodes, metric)
     _, patch_acts = relp.record(model, patch, {*nodes, "resid_pre"})
     changes = [patch_acts["resid_pre", 0] - run.acts["resid_pre", 0]]
     for layer in range(graph.n_layers):

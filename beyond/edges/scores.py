@@ -57,6 +57,7 @@ def attribute_edges(
         raise ValueError(f"steps must be a whole number from 1 on, got {steps!r}")
     if lrp is not False:
         raise ValueError("EAP-IG averages plain gradients: give steps or lrp, not both")
+    answers = relp.targets(model, patch, answers, metric)
     ends = [relp.record(model, tokens, nodes)[1] for tokens in (original, patch)]
     terms = {key: Terms(*(acts[key] for acts in ends), None) for key in ends[0]}
     products, total = Products(model, terms, lrp), 0
