@@ -25,7 +25,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import models
 import relp
@@ -57,6 +57,7 @@ from support.kept import KeptPatching
 from support.methods import AP, Method, main_method
 from support.positions import overlay
 from support.processes import say
+from support.progress import BAR
 from support.saes import load_saes
 from support.scoring import batches, tensors
 from support.tokenizer import load_tokenizer
@@ -338,7 +339,7 @@ def score_units(
     size = max(1, min(size, 2**27 // (length * sum(len(sae.W_dec) for sae in saes.values()))))  # 512 MiB of scores
     every = list(batches(pairs, size))
     means, costs, each = {kind: {} for kind in units}, {}, {m.name: {} for m in methods}
-    with tqdm(total=len(every) * len(methods), leave=False, disable=None, delay=2, bar_format=scoring.BAR) as bar:
+    with tqdm(total=len(every) * len(methods), leave=False, disable=None, delay=2, bar_format=BAR) as bar:
         for m in methods:
             bar.set_description_str(f"{title} {m.label}")
             cost = costs[m.name] = circuits.Cost()
@@ -514,7 +515,7 @@ class Options:
     prompts: str | None = option(
         None, "FILE", "prompt pairs from a JSON-lines file instead of the templates", partial(not_empty, "a file")
     )
-    pairs: int = option(100, "N", "prompt pairs (ioi with --prompts: at most that many)", whole)
+    pairs: int = option(100, "N", "prompt pairs; with --prompts at most that many", whole)
     seed: int = option(0, "N", "of the choice of prompts, and of the resamples for intervals", read_seed)
     metric: str = option(
         "logit_diff",
@@ -577,7 +578,7 @@ class NodeOptions(Options):
     )
     grid: bool = option(False, None, "every subset of the rules, and how well each predicts AP")
     verify: int | None = option(
-        None, "K", "AP of only those K nodes that a method ranks highest; heads and neurons among them", whole
+        None, "K", "AP of only the K nodes, heads and neurons, or edges ranked highest", whole
     )
     shard: bool = option(False, None, "under torchrun: share the weights out over the processes as well")
 
@@ -619,7 +620,7 @@ class CircuitOptions(Options):
     means: str = option(
         "held-out",
         "held-out|discovery",
-        "the patch prompts whose means replace the units outside of a circuit",
+        "the patch prompts whose means replace units outside a circuit",
         partial(one_name, "choice of means", ("held-out", "discovery")),
     )
     sum_positions: bool = option(False, None, "score a unit over all positions together")
@@ -641,7 +642,7 @@ class EdgeOptions(Options):
     """The options of --task edges."""
 
     task = "edges"
-    pairs: int | None = instead(Options, "pairs", None, "100, or all of a file")
+    pairs: int | None = instead(Options, "pairs", None, "100, or all")
     methods: list[str] | None = instead(Options, "methods", None, "auto")
     corruption: str = instead(NodeOptions, "corruption", "swap")
     held_out: int = instead(CircuitOptions, "held_out", 100)
@@ -677,7 +678,7 @@ def parse(argv: list[str] | None) -> Options:
         formatter_class=partial(argparse.HelpFormatter, max_help_position=32, width=120),
         argument_default=argparse.SUPPRESS,  # options that are not given are missing from `given`
     )
-    task_help = "indirect objects (Table 5), circuits of subject-verb agreement (Figure 3), or edges [ioi]"
+    task_help = "indirect objects, circuits of subject-verb agreement, or edges between components [ioi]"
     parser.add_argument(
         "--task", metavar="|".join(TASKS), type=readable(partial(one_name, "task", TASKS)), help=task_help
     )

@@ -68,6 +68,8 @@ def heatmap(scores: dict, labels: list[str], title: str = "") -> Figure:
     Shown is the mean over the prompts; of heads, neurons and the like, the sum over them. All maps have one scale.
     labels: of the positions, such as the roles of a tasks.Pair.
     """
+    if not scores:
+        raise ValueError("there are no scores to draw")
     maps = {node: x.detach().cpu().double().mean(0).numpy() for node, x in scores.items()}
     maps = {node: values.sum(-1) if node in relp.PARTS_OF else values for node, values in maps.items()}
     if wrong := [node for node, values in maps.items() if values.ndim != 2 or values.shape[1] != len(labels)]:

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import relp
 from models import Config
 from support.methods import Method
 from support.processes import gathered, rank, share, world
+from support.progress import BAR
 from tasks import Pair
-
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 @dataclass

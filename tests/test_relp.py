@@ -651,7 +651,7 @@ WRONG = {  # what the message must name: the arguments
     "one negative answer": (["answers"], lambda o, p, a: (o, p, torch.cat([a[:-1], a[-1:] * 0 - 1]), NODES)),
     "an empty batch": (["prompt"], lambda o, p, a: (o[:0], p[:0], a[:0], NODES)),
     "empty prompts": (["prompt"], lambda o, p, a: (o[:, :0], p[:, :0], a, NODES)),
-    "metric, a name": (["metric", "'prob_diff'"], lambda o, p, a: (o, p, a, NODES, "prob_diff")),
+    "metric, a wrong name": (["metric", "'accuracy'", "logit_diff"], lambda o, p, a: (o, p, a, NODES, "accuracy")),
     "nodes, a string": (["nodes", "'resid_pre'"], lambda o, p, a: (o, p, a, "resid_pre")),
     "nodes, a generator": (["nodes", "generator"], lambda o, p, a: (o, p, a, (n for n in NODES))),
     "original, no integers": (["original", "float32"], lambda o, p, a: (o.float(), p, a, NODES)),
@@ -678,7 +678,7 @@ def test_wrong_arguments_with_features(function, checkpoint, pair):
     model = from_pretrained(str(checkpoint("gpt2")[0]))
     original, patch, answers = pair
     saes = {("mlp_out", 0): relp.Neurons(torch.eye(32))}
-    assert "metric" in refusal(function, model, *pair, saes, "prob_diff")
+    assert "metric" in refusal(function, model, *pair, saes, "accuracy")
     assert "original" in refusal(function, model, "After John", patch, answers, saes)
     assert "unknown node 'mlp'" in refusal(function, model, *pair, {("mlp", 0): saes["mlp_out", 0]})
     for key in (("head", 0), ("mlp_out", 3), ("mlp_out", -1)):

@@ -38,7 +38,8 @@ def test_help_is_one_screen():
     lines = run.stdout.splitlines()
     assert run.returncode == 0 and run.stderr == "" and len(lines) <= 45 and "example: python evaluate.py" in run.stdout
     text = " ".join(run.stdout.split())
-    defaults = "[ioi: toys; sva: toy-neox] [ioi: 100; sva: 300] [ioi: resid_pre,attn_out,mlp_out; sva: auto]"
+    defaults = "[ioi: toys; sva: toy-neox; edges: toys] [ioi: 100; sva: 300; edges: 100, or all]"
+    defaults += " [ioi: resid_pre,attn_out,mlp_out; sva: auto] [ioi: ap,atp,relp; sva: auto; edges: auto]"
     defaults += " [swap] [logit_diff] [paper] [auto] [float32] [results]"
     for default in re.findall(r"\[.*?\]", defaults):
         assert default in text, default

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from beyond.edges.graph import Graph
 from beyond.edges.patching import patch_edges
@@ -16,7 +16,8 @@ from models import Config, Transformer
 from support.circuits import Cost, Counted
 from support.methods import AP, Method
 from support.positions import overlay
-from support.scoring import BAR, batch_sizes, batches, check_finite, tensors
+from support.progress import BAR
+from support.scoring import batch_sizes, batches, check_finite, tensors
 from tasks import Pair
 
 MOST = 2**28  # numbers of one kind that are kept, 1 GiB in float32; if there are more, only their means are
