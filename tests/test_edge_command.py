@@ -664,3 +664,11 @@ def test_the_picture(n, tmp_path, capsys):
 
 def test_a_picture_of_scores_that_are_all_zero():
     figure.draw("nothing", described(3, score=0.0), Graph(3, 4, False))
+
+
+def test_the_code_in_the_readme_runs():
+    readme = (Path(models.__file__).parent / "beyond" / "edges" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    namespace = {}
+    exec(code, namespace)
+    assert namespace["scores"].shape == namespace["exact"].shape == (1, 21, 53) and namespace["n_runs"] == 479

@@ -320,6 +320,8 @@ def judge(path: Path) -> dict[str, tuple[float, float]]:
         arrays = dict(file)
     readers, writers = arrays["readers"].tolist(), arrays["writers"].tolist()
     names = np.array([[f"{writer}->{reader}" for reader in readers] for writer in writers])
+    if len(writers) != 1 + N_LAYERS * (N_HEADS + 1) or not np.isin(CIRCUIT, names).all():
+        raise ValueError("it is of another model")
     found = {}
     for method, scores in arrays.items():
         if scores.shape[1:] != names.shape or scores.dtype.kind != "f":
