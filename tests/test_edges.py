@@ -136,7 +136,7 @@ def test_the_edges_of_a_writer_add_up_to_its_score(load, pair, family, rules):
     torch.testing.assert_close(of_writers[:, :, 0], nodes["resid_pre"][:, 0], **close)
     plain_heads = "gemma2" not in family and rules not in ("epsilon", "gamma+ah")
     for layer in range(graph.n_layers):
-        writers = graph.written(layer)
+        writers = graph.writers_of(layer)
         heads = of_writers[:, :, writers.start : writers.stop - 1]
         torch.testing.assert_close(of_writers[:, :, writers.stop - 1], nodes["mlp_out"][:, layer], **close)
         torch.testing.assert_close(heads.sum(-1), nodes["attn_out"][:, layer], **close)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import relp
-from beyond.edges.graph import KINDS, PLAIN, Graph, read_heads, read_mlp, stream_of, written_by_heads
+from beyond.edges.graph import KINDS, PLAIN, Graph, contributions, mlp_out, read_heads, stream_of, written_by_heads
 from models import Attend, Nodes, Transformer, causal_mask, upcast
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -38,7 +38,8 @@ def ranking(scores: Tensor, items: Tensor, signed: bool) -> Tensor:
     """
     numbers = items.flatten().nonzero()[:, 0]
     values = scores.flatten()[numbers]
-    return numbers[(-values if signed else values.abs()).argsort(descending=True, stable=True)]
+    good = -values if signed else values.abs()
+    return numbers[good.argsort(descending=True, stable=True)]
 
 
 def best(order: Tensor, n: int, graph: Graph, by_node: bool) -> Tensor:
@@ -50,19 +51,18 @@ def best(order: Tensor, n: int, graph: Graph, by_node: bool) -> Tensor:
 
 
 def pruned(kept: Tensor, graph: Graph) -> Tensor:
-    """Without edges that lead nowhere or come from nowhere: each node but input and logits needs both kinds of edge."""
+    """Without edges that lead nowhere or come from nowhere: each node but input and logits needs both kinds of edge.
+
+    f does not change: a head whose inputs all carry the patch run's repeats the patch run.
+    """
+    nodes = [*graph.writers, "logits"]
+    of_readers = torch.tensor([nodes.index(reader.partition("<")[0]) for reader in graph.readers])
     while True:
-        writes, reads = kept.any(1), kept.any(0)
-        has_input, has_output = torch.ones_like(writes), torch.ones_like(reads)
-        for layer in range(graph.n_layers):
-            writers, readers = graph.written(layer), graph.read(layer, "q").start
-            of_heads = reads[readers : graph.read(layer, "v").stop].view(len(KINDS), -1)
-            has_input[writers] = torch.cat([of_heads.any(0), reads[graph.read(layer, "mlp")]])
-            outputs = writes[writers]
-            has_output[readers : graph.read(layer, "mlp").stop] = torch.cat(
-                [outputs[:-1].repeat(len(KINDS)), outputs[-1:]]
-            )
-        fewer = kept & has_input[:, None] & has_output
+        has_input, has_output = torch.zeros(2, len(nodes), dtype=torch.bool)
+        has_input[0] = has_output[-1] = True
+        has_input[of_readers[kept.any(0)]] = True
+        has_output[:-1] |= kept.any(1)
+        fewer = kept & has_input[:-1, None] & has_output[of_readers]
         if torch.equal(fewer, kept):
             return kept
         kept = fewer
@@ -86,10 +86,7 @@ class Circuits:
         _, acts = relp.record(model, patch, nodes)
         graph = self.graph
         self.streams = {place: upcast(acts[stream_of(graph, *place)]) for place in graph.places}
-        parts = [upcast(acts["resid_pre", 0]).unsqueeze(0)]
-        for layer in range(graph.n_layers):
-            parts += [written_by_heads(model, layer, acts["z", layer]), upcast(acts["mlp_out", layer]).unsqueeze(0)]
-        self.parts = torch.cat(parts)  # [w, b, t, d_model]
+        self.parts = contributions(model, acts)  # [w, b, t, d_model]
 
     @torch.no_grad()
     def __call__(self, kept: Tensor) -> Tensor:
@@ -101,18 +98,18 @@ class Circuits:
         changes[0] = upcast(embedding) - self.parts[0]
 
         def seen(layer: int, kind: str) -> Tensor:  # [r, b, t, d_model]
-            n = graph.seen(layer, kind)
-            of_circuit = torch.einsum("wr,wbtd->rbtd", kept[:n, graph.read(layer, kind)], changes[:n])
+            n = graph.n_seen(layer, kind)
+            of_circuit = torch.einsum("wr,wbtd->rbtd", kept[:n, graph.readers_of(layer, kind)], changes[:n])
             return (self.streams[layer, kind] + of_circuit).to(embedding.dtype)
 
         for layer in range(graph.n_layers):
             q, k, v = (read_heads(model, layer, kind, seen(layer, kind)) for kind in KINDS)
             mask = causal_mask(0, n_pos, n_pos, c.windows[layer], q.device)
             z = PLAIN.attention(q, k, v, Attend(c, mask, Nodes(None, layer)))
-            writers = graph.written(layer)
+            writers = graph.writers_of(layer)
             heads, mlp = slice(writers.start, writers.stop - 1), writers.stop - 1
             changes[heads] = written_by_heads(model, layer, z) - self.parts[heads]
-            changes[mlp] = upcast(read_mlp(model, layer, seen(layer, "mlp")[0])) - self.parts[mlp]
+            changes[mlp] = upcast(mlp_out(model, layer, seen(layer, "mlp")[0])) - self.parts[mlp]
         return relp.read_out(model, seen(graph.n_layers, "logits")[0], self.answers, self.metric)
 
 
@@ -144,7 +141,7 @@ def stability(scores: Tensor, n: int, weights: Tensor) -> tuple[Tensor, float]:
 
     scores [pairs, items]; weights [W, pairs]: how often each pair counts in each resample. In every resample, the n
     items with the largest mean scores in size form a circuit. Returns in which share of the circuits each item is
-    [items], and the mean over all pairs of circuits of their Jaccard overlap.
+    [items], and the mean over all pairs of circuits of their Jaccard overlap. The circuits are not pruned.
     """
     sizes = (weights @ scores.to(weights.dtype)).abs()
     chosen = torch.zeros_like(sizes).scatter(1, sizes.topk(n).indices, 1)

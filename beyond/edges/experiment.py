@@ -13,15 +13,18 @@ from beyond.audit import print_audits
 from beyond.edges import figure, files, tables
 from beyond.edges.circuits import SHARES, stability
 from beyond.edges.graph import Graph, ungrouped
-from beyond.edges.judging import Curve, Judge, areas, compared, curves, smallest
+from beyond.edges.judging import Curve, Judge, areas, curves, differences_of, smallest
 from beyond.edges.scoring import EdgeScores, score_edges, sizes
 from models import Transformer
-from support import results, statistics
+from support import inspector, results, statistics
 from support.methods import AP, Method, main_method
 from support.positions import overlay
 from support.processes import say
 from support.scoring import right as right_answers
+from support.statistics import estimate
 from tasks import Pair
+
+N_RESAMPLES = 200  # where 1000 would take long: of edges by position, and of circuits
 
 
 @dataclass
@@ -40,15 +43,51 @@ class Setting:
     by_node: bool  # circuits of nodes, each with all its outgoing edges, instead of edges
     verify: int | None
     arguments: dict
+    shown: list  # what inspect.html will show is added here
 
     @property
     def seed(self) -> int:
         return self.arguments["seed"]
 
 
+@dataclass
+class Found:
+    """What a run has found."""
+
+    graph: Graph
+    roles: list[str]
+    scores: dict[str, EdgeScores]  # by method
+    kept: dict[str, Tensor]  # by method: its smallest circuit
+    main: str  # the method whose circuit is drawn
+    drawn: list[dict]  # that circuit: see describe()
+    verified: dict | None
+    summary: dict  # what is in summary.json
+
+
 def evaluate(s: Setting, folder: Path) -> dict:
     """Scores, agreement with exact patching, circuits; files, tables, the picture. Returns what is in summary.json."""
-    s = replace(s, model=ungrouped(s.model))
+    found = measure(replace(s, model=ungrouped(s.model)))
+    write(s, found, folder)
+    labels = {m.name: m.label for m in s.methods} | {"random": "random order, one draw"}
+    tables.print_agreement(found.summary, s.methods)
+    tables.print_circuits(found.summary, labels)
+    tables.print_circuit(found.drawn, labels[found.main])
+    print_audits(s.methods, s.audits, s.arguments["audit"])
+    if found.verified:
+        tables.print_verified(found.verified, s.methods)
+    if not s.arguments["no_plot"]:
+        f = found.summary["circuits"][found.main]["f"]
+        title = f"{s.name}: {len(found.drawn)} edges with f = {f:.2f}, found by {labels[found.main]}"
+        results.save_figure(folder / "circuit.png", partial(figure.draw, title, found.drawn, found.graph))
+        means = [found.summary["value"][run].value for run in ("original", "patch")]
+        of_run = s.name, found.graph, found.scores, s.methods, s.pairs, s.arguments["metric"], means
+        inspector.collect(s.shown, partial(inspector.of_edges, *of_run))
+    say(f"  written to {folder}/")
+    return found.summary
+
+
+def measure(s: Setting) -> Found:
+    """All that is computed. The model: one in which each head has a key and a value of its own."""
     graph, batch_size = Graph.of(s.model.config), s.arguments["batch_size"]
     longest = max(len(pair.original) for pair in (*s.pairs, *s.judged))
     size = sizes(batch_size, s.model.config, longest, s.device, by_position=False)[0]
@@ -62,25 +101,24 @@ def evaluate(s: Setting, folder: Path) -> dict:
     pcc, differences = agreement(scores, s.pairs, weights)
     if any(len(of.whole) < len(s.pairs) for of in scores.values()):
         say("  the scores of so many pairs do not fit into memory: only their means are kept, without intervals")
-
-    # circuits
     values = torch.stack([found_on.whole, found_on.empty], dim=1)  # with no edge kept, this is the patch run
     right = right_answers(s.model, s.pairs, values, s.metric, s.device)
+
+    # circuits: found on the pairs, judged on the others
     ranked_by = {name: item_scores(name, of, graph, s.by_node, found_on) for name, of in scores.items()}
     shape, generator = next(iter(ranked_by.values())).shape, torch.Generator().manual_seed(s.seed)
-    ranked_by["random"] = torch.randn(shape, generator=generator)
+    random = {"random": torch.randn(shape, generator=generator)}
     of_judged = statistics.resamples([pair.group for pair in s.judged], seed=s.seed)
-    found = {name: curves(judge, of, s.by_node, of_judged) for name, of in ranked_by.items()}
-    each, area_differences = compared({name: areas(of) for name, of in found.items()})
+    of_curves = {name: curves(judge, of, s.by_node, of_judged) for name, of in (ranked_by | random).items()}
+    of_areas = {name: areas(of) for name, of in of_curves.items()}
     circuits, kept = {}, {}
     for name, of in scores.items():
         kept[name], n = smallest(found_on, ranked_by[name], s.by_node)
         circuits[name] = {"edges": int(kept[name].sum()), "items": n, "f": judge.f(kept[name])}
-        circuits[name] |= how_stable(of, n, weights[1:201], kept[name], graph, s.by_node)
-
-    main = main_method(list(scores))
-    labels, _ = overlay(s.pairs)
-    drawn = describe(kept[main], scores[main], graph, labels)
+        circuits[name] |= how_stable(of, n, weights[1 : 1 + N_RESAMPLES], kept[name], graph, s.by_node)
+    main, roles = main_method(list(scores)), overlay(s.pairs)[0]
+    drawn = describe(kept[main], scores[main], graph, roles)
+    runs = ("original", "patch")
     summary = {
         "model": s.name,
         "task": "edges",
@@ -89,48 +127,43 @@ def evaluate(s: Setting, folder: Path) -> dict:
         "judged_on": s.judged_on,
         "level": "node" if s.by_node else "edge",
         "n_edges": int(graph.edges.sum()),
-        "accuracy": {run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), right.unbind(1))},
-        "value": {run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), values.unbind(1))},
+        "accuracy": {run: statistics.mean(x, weights) for run, x in zip(runs, right.unbind(1))},
+        "value": {run: statistics.mean(x, weights) for run, x in zip(runs, values.unbind(1))},
         "pcc": pcc,
         "differences": differences,
         "cost": {name: vars(cost) for name, cost in costs.items()},
-        "areas": each,
-        "area_differences": area_differences,
+        "areas": {name: {what: estimate(x) for what, x in of.items()} for name, of in of_areas.items()},
+        "area_differences": differences_of(of_areas),
         "shares": SHARES,
-        "curves": {name: curves_json(of) for name, of in found.items()},
+        "curves": {name: curves_json(of) for name, of in of_curves.items()},
         "circuits": circuits,
         "drawn": {"method": main, "edges": drawn},
         "audit": s.audits,
         "arguments": s.arguments,
         "versions": results.versions(),
     }
+    verified = verify(s, scores, main, graph, score) if s.verify else None
+    return Found(graph, roles, scores, kept, main, drawn, verified, summary)
 
-    # files, tables, the picture
-    arrays = files.arrays(graph, scores, labels) | results.prompt_arrays(s.pairs)
+
+def write(s: Setting, found: Found, folder: Path) -> None:
+    """All files but the picture; what an earlier run has left beside them is removed."""
+    arrays = files.arrays(found.graph, found.scores, found.roles) | results.prompt_arrays(s.pairs)
     arrays |= {f"judged_{name}": array for name, array in results.prompt_arrays(s.judged).items()}
     results.save(folder / "edges.npz", lambda file: np.savez_compressed(file, **arrays))
-    results.save_json(folder / "summary.json", summary)
-    for name, circuit in kept.items():
-        content = files.circuit_json(s.model.config, files.in_matrix(graph, scores[name].mean), circuit)
-        results.save_json(folder / f"circuit-{results.slug(name)}.json", content)
-    written = {f"circuit-{results.slug(name)}.json" for name in kept}
-    for file in folder.glob("*"):  # what an earlier run has left beside it
-        if file.match("circuit-*.json") and file.name not in written or file.name in ("circuit.png", "verified.json"):
+    tokenizer = inspector.tokenizer_of(s.name)
+    content = files.neuronpedia_json(s.name, found.graph, found.drawn, s.pairs, tokenizer, s.arguments["metric"])
+    results.save_json(folder / "graph.json", content)
+    results.save_json(folder / "summary.json", found.summary)
+    circuits = {f"circuit-{results.slug(name)}.json": name for name in found.kept}
+    for file, name in circuits.items():
+        scores = found.graph.in_matrix(found.scores[name].mean)
+        results.save_json(folder / file, files.circuit_json(s.model.config, scores, found.kept[name]))
+    for file in folder.glob("*"):
+        if file.match("circuit-*.json") and file.name not in circuits or file.name in ("circuit.png", "verified.json"):
             file.unlink()
-    of_methods = {m.name: m.label for m in s.methods} | {"random": "random order"}
-    tables.print_agreement(summary, s.methods)
-    tables.print_circuits(summary, of_methods)
-    tables.print_circuit(drawn, of_methods[main])
-    print_audits(s.methods, s.audits, s.arguments["audit"])
-    if s.verify:
-        verified = verify(s, scores, main, graph, score)
-        results.save_json(folder / "verified.json", verified)
-        tables.print_verified(verified, s.methods)
-    if not s.arguments["no_plot"]:
-        title = f"{s.name}: {len(drawn)} edges with f = {circuits[main]['f']:.2f}, found by {of_methods[main]}"
-        results.save_figure(folder / "circuit.png", partial(figure.draw, title, drawn, graph))
-    say(f"  written to {folder}/")
-    return summary
+    if found.verified:
+        results.save_json(folder / "verified.json", found.verified)
 
 
 def curves_json(of: dict[str, Curve]) -> dict:
@@ -147,18 +180,18 @@ def agreement(scores: dict[str, EdgeScores], pairs: list[Pair], weights: Tensor)
     kind: edges as wholes, and edges by position (with a fifth of the resamples: there are many more numbers).
     """
     pcc, differences = {}, {}
-    groups = [pair.group for pair in pairs]
-    of_kinds = {"edges": ("whole", weights), "positions": ("by_position", weights[:201])}
-    for kind, (name, weights) in of_kinds.items():
+    for kind, name in (("edges", "whole"), ("positions", "by_position")):
         of_methods = {method: getattr(of, name) for method, of in scores.items()}
         if "ap" not in of_methods or any(of is None for of in of_methods.values()):
             continue
-        if len(of_methods["ap"]) < len(pairs):  # only the means have been kept
-            groups, weights = [""], statistics.resamples([""])
-        exact = of_methods.pop("ap")
-        measures = {m: statistics.agreement(of, exact, groups, weights=weights) for m, of in of_methods.items()}
+        exact, groups, counts = of_methods.pop("ap"), [pair.group for pair in pairs], weights
+        if kind == "positions":
+            counts = weights[: 1 + N_RESAMPLES]
+        if len(exact) < len(pairs):  # only the means have been kept
+            groups, counts = [""], statistics.resamples([""])
+        measures = {m: statistics.agreement(of, exact, groups, weights=counts) for m, of in of_methods.items()}
         pcc[kind] = {m: statistics.with_intervals(of) for m, of in measures.items()}
-        differences[kind] = compared(measures)[1]
+        differences[kind] = differences_of(measures)
     return pcc, differences
 
 
@@ -169,9 +202,9 @@ def item_scores(method: str, of: EdgeScores, graph: Graph, by_node: bool, judge:
     the effect of patching all its outgoing edges at once.
     """
     if not by_node:
-        return files.in_matrix(graph, of.mean)
+        return graph.in_matrix(of.mean)
     if method != AP.name:
-        return files.in_matrix(graph, of.mean).sum(1)
+        return graph.in_matrix(of.mean).sum(1)
     effects = []
     for writer in range(len(graph.writers)):
         others = graph.edges.clone()
@@ -185,22 +218,18 @@ def how_stable(of: EdgeScores, n: int, weights: Tensor, kept: Tensor, graph: Gra
     if by_node or len(of.whole) < 2:
         return {"overlap": float("nan"), "inclusion": {}}
     share, overlap = stability(of.whole, n, weights)
-    edges = zip(graph.edges.nonzero().tolist(), share.tolist(), kept[graph.edges].tolist())
-    inclusion = {f"{graph.writers[w]}->{graph.readers[r]}": value for (w, r), value, is_kept in edges if is_kept}
-    return {"overlap": overlap, "inclusion": inclusion}
+    edges = zip(graph.names, share.tolist(), kept[graph.edges].tolist())
+    return {"overlap": overlap, "inclusion": {name: value for name, value, is_kept in edges if is_kept}}
 
 
 def describe(kept: Tensor, of: EdgeScores, graph: Graph, roles: list[str]) -> list[dict]:
     """The edges of a circuit, the strongest first: where each matters most, if that is known."""
     numbers = kept[graph.edges].nonzero()[:, 0]
     numbers = numbers[of.mean[numbers].abs().argsort(descending=True, stable=True)]
-    places, edges = graph.edges.nonzero().tolist(), []
+    names, mean, edges = graph.names, of.mean.tolist(), []
     for i in numbers.tolist():
-        (w, r), role = places[i], None
-        if of.roles is not None:
-            role = roles[int(np.abs(of.roles[:, i]).argmax())].strip()
-        edge = f"{graph.writers[w]}->{graph.readers[r]}"
-        edges.append({"edge": edge, "score": float(of.mean[i]), "role": role})
+        role = None if of.roles is None else roles[int(np.abs(of.roles[:, i]).argmax())].strip()
+        edges.append({"edge": names[i], "score": mean[i], "role": role})
     return edges
 
 
@@ -210,11 +239,8 @@ def verify(s: Setting, scores: dict[str, EdgeScores], by: str, graph: Graph, sco
     numbers = size.argsort(descending=True, stable=True)[: s.verify]
     chosen = torch.zeros(len(size), dtype=torch.bool)
     chosen[numbers] = True
-    only = files.in_matrix(graph, chosen)
+    only = graph.in_matrix(chosen)
     exact, cost = score([AP], only=only)
-    places, edges = graph.edges.nonzero().tolist(), []
-    for i in numbers.tolist():
-        w, r = places[i]
-        of_edge = {name: float(of.mean[i]) for name, of in (scores | exact).items()}
-        edges.append({"edge": f"{graph.writers[w]}->{graph.readers[r]}", "scores": of_edge})
+    names, means = graph.names, {name: of.mean.tolist() for name, of in (scores | exact).items()}
+    edges = [{"edge": names[i], "scores": {m: mean[i] for m, mean in means.items()}} for i in numbers.tolist()]
     return {"ranked_by": by, "edges": edges, "of": len(size), "seconds": cost[AP.name].seconds}

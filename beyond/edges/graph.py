@@ -7,7 +7,8 @@ The stream that a reader sees, before its own norm, is the sum of what all write
 biases, which no prompt changes). So an edge, such as a0.h1->a2.h0<k>, is one term of that sum. Names and order are
 those of EAP-IG's Graph (github.com/hannamw/EAP-IG, src/eap/graph.py).
 
-Shapes: b batch, t position, h head, w writer, r reader; d is d_model, or d_head after an h.
+Shapes: b batch, t position, h head, w writer, r reader; d is d_model, or d_head after an h. Edges are bool tensors
+[writers, readers] on the CPU.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models import Config, Linear, Nodes, Rules, Transformer, rotate, upcast
+from models import Config, Nodes, Rules, Transformer, rotate, upcast
 from relp import difference
 
 KINDS = ("q", "k", "v")  # what a head reads
@@ -53,28 +54,28 @@ class Graph:
     def heads_of(self, layer: int) -> list[str]:
         return [f"a{layer}.h{head}" for head in range(self.n_heads)]
 
-    def written(self, layer: int) -> slice:
+    def writers_of(self, layer: int) -> slice:
         """The numbers of the layer's writers: its heads, then its MLP."""
         start = 1 + layer * (self.n_heads + 1)
         return slice(start, start + self.n_heads + 1)
 
-    def read(self, layer: int, kind: str) -> slice:
+    def readers_of(self, layer: int, kind: str) -> slice:
         """The numbers of the layer's readers of one kind: q, k, v (one for each head) or mlp; logits has no layer."""
         if kind == "logits":
             return slice(self.n_layers * (3 * self.n_heads + 1), None)
         start = layer * (3 * self.n_heads + 1) + (*KINDS, "mlp").index(kind) * self.n_heads
         return slice(start, start + (1 if kind == "mlp" else self.n_heads))
 
-    def seen(self, layer: int, kind: str) -> int:
+    def n_seen(self, layer: int, kind: str) -> int:
         """How many writers these readers see: the first ones, up to their own layer."""
         if kind == "logits":
-            return self.written(self.n_layers - 1).stop
+            return self.writers_of(self.n_layers - 1).stop
         sees_heads = kind == "mlp" and not self.parallel
-        return self.written(layer).start + (self.n_heads if sees_heads else 0)
+        return self.writers_of(layer).start + (self.n_heads if sees_heads else 0)
 
     @property
     def places(self) -> list[tuple[int, str]]:
-        """(layer, kind) of all groups of readers that see the same stream, in order."""
+        """(layer, kind) of all groups of readers, in order; those of a group see the same writers."""
         of_layers = [(layer, kind) for layer in range(self.n_layers) for kind in (*KINDS, "mlp")]
         return [*of_layers, (self.n_layers, "logits")]
 
@@ -83,8 +84,20 @@ class Graph:
         """bool [writers, readers]: True where there is an edge."""
         there = torch.zeros(len(self.writers), len(self.readers), dtype=torch.bool)
         for layer, kind in self.places:
-            there[: self.seen(layer, kind), self.read(layer, kind)] = True
+            there[: self.n_seen(layer, kind), self.readers_of(layer, kind)] = True
         return there
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the edges, such as a0.h1->m2, in the order of edges.nonzero()."""
+        writers, readers = self.writers, self.readers
+        return [f"{writers[w]}->{readers[r]}" for w, r in self.edges.nonzero().tolist()]
+
+    def in_matrix(self, values: Tensor) -> Tensor:
+        """Values of the edges [edges] as [writers, readers], 0 where there is none."""
+        result = torch.zeros(self.edges.shape, dtype=values.dtype)
+        result[self.edges] = values
+        return result
 
 
 def stream_of(graph: Graph, layer: int, kind: str) -> tuple[str, int]:
@@ -141,34 +154,64 @@ def through_output_matrix(model: Transformer, layer: int, z: Tensor) -> Tensor:
     return torch.einsum("bthe,dhe->hbtd", upcast(z), weight)
 
 
-def change_of_heads(model: Transformer, layer: int, original: Tensor, patch: Tensor) -> Tensor:
-    """What each head adds to the stream in the patch run minus what it adds in the original run, from z of both."""
-    if hasattr(model.blocks[layer], "ln1_post"):
-        return written_by_heads(model, layer, patch) - written_by_heads(model, layer, original)
-    return through_output_matrix(model, layer, difference(original, patch))  # the bias cancels
+def contributions(model: Transformer, acts: dict) -> Tensor:
+    """What every writer adds to the stream in a recorded run, [w, b, t, d_model]. Needs resid_pre, z and mlp_out."""
+    parts = [upcast(acts["resid_pre", 0]).unsqueeze(0)]
+    for layer in range(model.config.n_layers):
+        parts += [written_by_heads(model, layer, acts["z", layer]), upcast(acts["mlp_out", layer]).unsqueeze(0)]
+    return torch.cat(parts)
+
+
+def changes(model: Transformer, original: dict, patch: dict) -> Tensor:
+    """u(x_patch) - u(x_original) of every writer u, [w, b, t, d_model], from the two recorded runs."""
+
+    def change(key: tuple[str, int]) -> Tensor:
+        return difference(original[key], patch[key])
+
+    parts = [change(("resid_pre", 0)).unsqueeze(0)]
+    for layer in range(model.config.n_layers):
+        z = "z", layer
+        if hasattr(model.blocks[layer], "ln1_post"):
+            heads = written_by_heads(model, layer, patch[z]) - written_by_heads(model, layer, original[z])
+        else:
+            heads = through_output_matrix(model, layer, change(z))  # half the work; the bias cancels
+        parts += [heads, change(("mlp_out", layer)).unsqueeze(0)]
+    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def by_head(model: Transformer, layer: int, kind: str) -> tuple[Tensor, Tensor | None]:
-    """Weight [h, d, d_model] and bias [h, d] of a layer's projection to q, k or v; it has one head for each query."""
-    linear: Linear = getattr(model.blocks[layer].attn, kind)
-    shape = model.config.n_heads, model.config.d_head
-    return linear.weight.unflatten(0, shape), None if linear.bias is None else linear.bias.unflatten(0, shape)
+def by_head(model: Transformer, layer: int, kind: str) -> tuple[Tensor, Tensor]:
+    """Weight [h, d, d_model] and bias [h, d] of the projection to q, k or v of an ungrouped model."""
+    linear, shape = getattr(model.blocks[layer].attn, kind), (model.config.n_heads, model.config.d_head)
+    bias = linear.weight.new_zeros(shape) if linear.bias is None else linear.bias.unflatten(0, shape)
+    return linear.weight.unflatten(0, shape), bias
+
+
+def rotated(kind: str, y: Tensor, first: int, c: Config) -> Tensor:
+    """q, k or v [n, t, h, d] from what the projection returns, at positions from `first` on."""
+    return y if kind == "v" else rotate(y, first, c)
 
 
 def read_heads(model: Transformer, layer: int, kind: str, streams: Tensor) -> Tensor:
-    """q, k or v [b, t, h, d] of heads that read a stream each, [h, b, t, d_model]."""
+    """q, k or v [b, t, h, d] of all heads, each of which reads a stream of its own: [h, b, t, d_model]."""
     weight, bias = by_head(model, layer, kind)
-    y = torch.einsum("hbtd,hed->bthe", model.blocks[layer].ln1(streams, PLAIN), weight)
-    y = y if bias is None else y + bias
-    return y if kind == "v" else rotate(y, 0, model.config)
+    y = torch.einsum("hbtm,hdm->bthd", model.blocks[layer].ln1(streams, PLAIN), weight) + bias
+    return rotated(kind, y, 0, model.config)
 
 
-def read_mlp(model: Transformer, layer: int, stream: Tensor) -> Tensor:
-    """mlp_out [b, t, d_model] of the MLP that reads this stream."""
+def read_head(model: Transformer, layer: int, kind: str, streams: Tensor, heads: Tensor, first: int) -> Tensor:
+    """q, k or v [n, t, d] of one head for each stream [n, t, d_model], at positions from `first` on; heads [n]."""
+    weight, bias = by_head(model, layer, kind)
+    normed = model.blocks[layer].ln1(streams, PLAIN)
+    y = torch.einsum("ntm,ndm->ntd", normed, weight[heads]) + bias[heads].unsqueeze(1)
+    return rotated(kind, y.unsqueeze(2), first, model.config).squeeze(2)
+
+
+def mlp_out(model: Transformer, layer: int, stream: Tensor) -> Tensor:
+    """[b, t, d_model]: mlp_out of the MLP that reads this stream."""
     block = model.blocks[layer]
     out = block.mlp(block.ln2(stream, PLAIN), PLAIN, Nodes(None, layer))
     return block.ln2_post(out, PLAIN) if hasattr(block, "ln2_post") else out

@@ -26,7 +26,8 @@ MEASURES = {  # name: (which curve, over the logarithm of the size?)
 class Judge:
     """Runs circuits on prompt pairs of any lengths, each circuit once.
 
-    What the patch runs have contributed is kept, if that is at most MOST numbers; otherwise it is computed each time.
+    What the writers have contributed in the patch runs is kept, if that is at most MOST numbers; otherwise it is
+    computed each time.
     """
 
     def __init__(self, model, pairs: list[Pair], metric: Callable, device: torch.device, size: int):
@@ -94,16 +95,14 @@ def areas(curves: dict[str, Curve]) -> dict[str, Tensor]:
     return result
 
 
-def compared(of_methods: dict[str, dict[str, Tensor]]) -> tuple[dict, dict]:
-    """The areas of every method, and the difference of every two on the same resamples of the pairs."""
-    each = {method: {measure: estimate(values) for measure, values in of.items()} for method, of in of_methods.items()}
-    differences = {
+def differences_of(of_methods: dict[str, dict[str, Tensor]]) -> dict:
+    """{"relp - atp": {measure: Estimate}} of every two methods, from {method: {measure: [W]}} on the same resamples."""
+    return {
         f"{other} - {one}": {
             measure: estimate(of_methods[other][measure] - values) for measure, values in of_methods[one].items()
         }
         for one, other in itertools.combinations(of_methods, 2)
     }
-    return each, differences
 
 
 def smallest(judge: Judge, scores: Tensor, by_node: bool) -> tuple[Tensor, int]:

@@ -2,14 +2,15 @@
 
     edge(u -> v) = (u(x_patch) - u(x_original)) . rho_v              at every position, or summed over the positions
 
-u(x) is what the writer u adds to the residual stream. rho_v is the coefficient of the stream as the reader v sees it:
-v's own coefficient, carried back through v's projection and norm under the rules that are on. With all rules off this
-is EAP (Syed et al. 2023, arXiv 2310.10348).
+u(x) is what the writer u adds to the residual stream on prompt x. rho_v is the coefficient of the stream as the reader
+v sees it: v's own coefficient, carried back through v's projection and norm under the rules that are on. With all rules
+off this is EAP (Syed et al. 2023, arXiv 2310.10348).
 
-Two sums are exact, on any model and under any rules, because rho is linear in what it is carried back from:
+Two sums are exact, on any model and under any rules, because rho is linear in what it is carried back from. s is the
+stream that v sees:
 
-    the sum of edge(u -> v) over v is u's own score, (u(x_patch) - u(x_original)) . rho of the stream after u;
-    the sum of edge(u -> v) over u is (x_patch - x_original) . rho_v, for the stream x that v sees.
+    the sum of edge(u -> v) over u is (s(x_patch) - s(x_original)) . rho_v
+    the sum of edge(u -> v) over v is u's own score, (u(x_patch) - u(x_original)) . rho of the stream after u
 
 u's own score is the node's: of resid_pre in layer 0 for the input, of mlp_out, and of `head`. Where a norm or a rule
 stands between a head's z and the stream (Gemma 2's norm after attention; the epsilon- and gamma-rule on the output
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 import relp
-from beyond.edges.graph import KINDS, Graph, by_head, change_of_heads, stream_of, ungrouped
-from models import Rules, Transformer, rotate, upcast
+from beyond.edges.graph import KINDS, Graph, by_head, changes, rotated, stream_of, ungrouped
+from models import Rules, Transformer, upcast
 from relp import Terms
 
 NODES = ("resid_pre", "resid_mid", "resid_post", *KINDS, "z", "mlp_out")  # all that edge scores are made of
@@ -42,8 +43,8 @@ def attribute_edges(
     """The score of every edge [b, writers, readers], 0 where there is none; by_position: [b, t, writers, readers].
 
     Arguments as relp.attribute takes them, but for steps: with it, EAP-IG-inputs (Hanna et al. 2024, arXiv 2403.17806).
-    The embedding takes the values original + k/steps (patch - original), k = 0 .. steps - 1; an edge's score is the
-    mean of its AtP scores there, always with the same difference u(x_patch) - u(x_original).
+    The embedding takes the values patch + k/steps (original - patch), k = 1 .. steps; an edge's score is the mean of
+    its AtP scores there, always with the same difference u(x_patch) - u(x_original).
     ValueError if the arguments do not fit.
     """
     model = ungrouped(model)
@@ -52,69 +53,64 @@ def attribute_edges(
     if steps is None:
         keys = [(name, layer) for name in nodes for layer in range(graph.n_layers)]
         terms = relp.propagate(model, original, patch, answers, keys, metric, lrp)
-        return Products(model, terms, lrp).edges(terms, by_position)
-    if not isinstance(steps, int) or steps < 1:
+        runs = ({key: getattr(x, run) for key, x in terms.items()} for run in ("original", "patch"))
+        return Products(model, *runs, lrp).edges(terms, by_position)
+    if type(steps) is not int or steps < 1:
         raise ValueError(f"steps must be a whole number from 1 on, got {steps!r}")
     if lrp is not False:
         raise ValueError("EAP-IG averages plain gradients: give steps or lrp, not both")
     answers = relp.targets(model, patch, answers, metric)
-    ends = [relp.record(model, tokens, nodes)[1] for tokens in (original, patch)]
-    terms = {key: Terms(*(acts[key] for acts in ends), None) for key in ends[0]}
-    products, total = Products(model, terms, lrp), 0
-    for k in range(steps):
-        embedding = torch.lerp(*(acts["resid_pre", 0] for acts in ends), k / steps)
-        way = relp.coefficients(model, original, answers, nodes, metric, replace={("resid_pre", 0): embedding})
-        at = {key: Terms(way[0][key].detach(), terms[key].patch, way[1][key]) for key in terms}
-        total = total + products.edges(at, by_position)
+    acts, patch_acts = (relp.record(model, tokens, nodes)[1] for tokens in (original, patch))
+    products, total = Products(model, acts, patch_acts, lrp), 0
+    for k in range(1, steps + 1):
+        embedding = torch.lerp(patch_acts["resid_pre", 0], acts["resid_pre", 0], k / steps)
+        on_the_way = {("resid_pre", 0): embedding}
+        there, rho = relp.coefficients(model, original, answers, nodes, metric, replace=on_the_way)
+        terms = {key: Terms(there[key].detach(), patch_acts[key], rho[key]) for key in there}
+        total = total + products.edges(terms, by_position)
     return total / steps
 
 
 class Products:
-    """The products of all writers' differences with all readers' coefficients.
+    """The products of all writers' changes between two recorded runs with all readers' coefficients.
 
-    The differences are kept: a stream for each writer, which is less than the backward pass needed before. There are
-    three times as many coefficients; those of one layer are made at a time.
+    The changes are kept: a stream for each writer, which is less than the backward pass needed before. There are three
+    times as many coefficients; those of one layer are made at a time.
 
-    terms  the two runs between which the writers' differences are taken
-    lrp    the rules under which the readers' coefficients are carried back to the stream
+    lrp  the rules under which the readers' coefficients are carried back to the stream
     """
 
-    def __init__(self, model: Transformer, terms: dict, lrp: bool | Rules):
-        self.model, self.terms, self.lrp, self.graph = model, terms, lrp, Graph.of(model.config)
-        changes = [relp.difference(*terms["resid_pre", 0][:2]).unsqueeze(0)]
-        for layer in range(self.graph.n_layers):
-            changes.append(change_of_heads(model, layer, *terms["z", layer][:2]))
-            changes.append(relp.difference(*terms["mlp_out", layer][:2]).unsqueeze(0))
-        self.changes = torch.cat(changes)  # u(x_patch) - u(x_original) [w, b, t, d_model]
+    def __init__(self, model: Transformer, original: dict, patch: dict, lrp: bool | Rules):
+        self.model, self.lrp, self.graph = model, lrp, Graph.of(model.config)
+        self.changes = changes(model, original, patch)  # [w, b, t, d_model]
 
-    def edges(self, at: dict, by_position: bool) -> Tensor:
-        """at: the activations of the run on which the coefficients were taken, and these."""
+    def edges(self, terms: dict, by_position: bool) -> Tensor:
+        """The scores, for coefficients that were taken on the run which is the `original` of these terms."""
         graph, (n_prompts, n_pos) = self.graph, self.changes.shape[1:3]
         shape = (n_prompts, n_pos) if by_position else (n_prompts,)
         result = self.changes.new_zeros(*shape, len(graph.writers), len(graph.readers))
-        for readers, seen, rho in self.readers(at):
-            result[..., :seen, readers] = multiply(self.changes[:seen], rho, by_position)
+        for readers, n_seen, rho in self.readers(terms):
+            result[..., :n_seen, readers] = multiply(self.changes[:n_seen], rho, by_position)
         return result
 
-    def readers(self, at: dict) -> Iterator[tuple[slice, int, Tensor]]:
+    def readers(self, terms: dict) -> Iterator[tuple[slice, int, Tensor]]:
         """Readers that see the same writers: their numbers, how many writers, and rho_v [r, b, t, d_model]."""
         graph = self.graph
 
-        def rho(key):
-            return upcast(at[key].rho)
+        def rho(node: str, layer: int) -> Tensor:
+            return upcast(terms[node, layer].rho)
 
         for layer in range(graph.n_layers):
-            of_heads = carried_back(self.model, layer, at, self.lrp)
-            heads = slice(graph.read(layer, "q").start, graph.read(layer, "v").stop)
-            yield heads, graph.seen(layer, "q"), of_heads
-            # what the stream passes on goes to the block's end, or to the MLP, or with parallel blocks to the heads
-            of_mlp = rho(stream_of(graph, layer, "mlp")) - rho(("resid_post", layer))
-            if graph.parallel:
+            of_heads = carried_back(self.model, layer, terms, self.lrp)
+            # the MLP's is the rest: rho of its stream = rho after the block + its own
+            of_mlp = rho(*stream_of(graph, layer, "mlp")) - rho("resid_post", layer)
+            if graph.parallel:  # the heads see the same stream
                 of_mlp = of_mlp - of_heads.sum(0)
-            yield graph.read(layer, "mlp"), graph.seen(layer, "mlp"), of_mlp.unsqueeze(0)
-        layer = graph.n_layers
-        of_logits = rho(stream_of(graph, layer, "logits")).unsqueeze(0)
-        yield graph.read(layer, "logits"), graph.seen(layer, "logits"), of_logits
+            heads = slice(graph.readers_of(layer, "q").start, graph.readers_of(layer, "v").stop)
+            yield heads, graph.n_seen(layer, "q"), of_heads
+            yield graph.readers_of(layer, "mlp"), graph.n_seen(layer, "mlp"), of_mlp.unsqueeze(0)
+        last = graph.n_layers, "logits"
+        yield graph.readers_of(*last), graph.n_seen(*last), rho(*stream_of(graph, *last)).unsqueeze(0)
 
 
 def multiply(change: Tensor, rho: Tensor, by_position: bool) -> Tensor:
@@ -125,12 +121,12 @@ def multiply(change: Tensor, rho: Tensor, by_position: bool) -> Tensor:
     return products.unflatten(0, change.shape[1:3])
 
 
-def carried_back(model: Transformer, layer: int, at: dict, lrp: bool | Rules) -> Tensor:
+def carried_back(model: Transformer, layer: int, terms: dict, lrp: bool | Rules) -> Tensor:
     """rho of the stream as each head's q, k and v see it: [3 h, b, t, d_model].
 
     The coefficients of q, k and v go back through the head's own rows of the projection, and through the norm.
     """
-    x = at["resid_pre", layer]
+    x = terms["resid_pre", layer]
     rules = model.rules(lrp)
     if hasattr(rules, "two_runs"):
         for_patch, rules = rules.two_runs()
@@ -138,7 +134,7 @@ def carried_back(model: Transformer, layer: int, at: dict, lrp: bool | Rules) ->
             read_by_rules(model, layer, x.patch, for_patch)
     stream = x.original.detach().requires_grad_()
     read = read_by_rules(model, layer, stream, rules)
-    rho = [of_head for kind in KINDS for of_head in at[kind, layer].rho.unbind(2)]
+    rho = [of_head for kind in KINDS for of_head in terms[kind, layer].rho.unbind(2)]
     back = [torch.autograd.grad(y, stream, r, retain_graph=True)[0] for y, r in zip(read, rho)]
     return upcast(torch.stack(back))
 
@@ -148,7 +144,7 @@ def read_by_rules(model: Transformer, layer: int, stream: Tensor, rules: Rules) 
     normed, read = model.blocks[layer].ln1(stream, rules), []
     for kind in KINDS:
         weight, bias = by_head(model, layer, kind)
-        for w, b in zip(weight, [None] * len(weight) if bias is None else bias):
-            y = rules.linear(normed, w, b)
-            read.append(y if kind == "v" else rotate(y.unsqueeze(2), 0, model.config).squeeze(2))
+        for of_head in zip(weight, bias):
+            y = rules.linear(normed, *of_head)
+            read.append(rotated(kind, y.unsqueeze(2), 0, model.config).squeeze(2))
     return read

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ MOST = 2**28  # numbers of one kind that are kept, 1 GiB in float32; if there ar
 
 @dataclass
 class EdgeScores:
-    """A method's scores of the edges; these are in the order of graph.edges.nonzero().
+    """A method's scores of the edges, which are in the order of graph.names.
 
-    whole        [pairs, edges]: for AP, all positions are patched at once; for others, the sum over the positions
-    by_position  [pairs, t, edges], NaN beyond a prompt's length; None if that were too many numbers
+    whole        [pairs, edges]: for AP, all positions are patched at once; for others, the sum over the positions. If
+                 there are too many numbers, the mean over the pairs, [1, edges]
+    by_position  [pairs, t, edges], NaN beyond a prompt's length; None if these are too many, or not known
     roles        [roles, edges]: the mean over the pairs at the positions of one role; None if not known by position
     """
 
@@ -41,13 +42,40 @@ class EdgeScores:
         return self.whole.double().mean(0)
 
 
-@dataclass
-class Kept:
-    """What is collected of one method while the batches go by."""
+class Collected:
+    """What is collected of one method's scores while the batches go by.
 
-    whole: list[Tensor] = field(default_factory=list)
-    by_position: list[Tensor] = field(default_factory=list)
-    roles: np.ndarray | None = None
+    at  [pairs, roles]: the position of each role in each pair, or -1
+    """
+
+    def __init__(self, n_edges: int, longest: int, at: np.ndarray):
+        self.n_edges, self.longest, self.at = n_edges, longest, at
+        self.whole = self.by_position = self.roles = None
+
+    def add(self, numbers: list[int], whole: Tensor, by_position: Tensor | None) -> None:
+        """The scores of these pairs: [b, edges] and, if they are known by position, [b, t, edges]."""
+        n = len(self.at)
+        if self.whole is None:
+            keeps = n * self.n_edges <= MOST
+            self.whole = whole.new_zeros(n, self.n_edges) if keeps else whole.new_zeros(1, self.n_edges).double()
+            if by_position is not None:
+                self.roles = np.zeros((self.at.shape[1], self.n_edges))
+                if n * self.n_edges * self.longest <= MOST:
+                    self.by_position = whole.new_full((n, self.longest, self.n_edges), torch.nan)
+        if len(self.whole) == n:
+            self.whole[numbers] = whole
+        else:
+            self.whole += whole.double().sum(0) / n
+        if self.by_position is not None:
+            self.by_position[numbers, : by_position.shape[1]] = by_position
+        if self.roles is not None:
+            at = self.at[numbers]
+            placed = by_position.numpy()[np.arange(len(at))[:, None], np.maximum(at, 0)]  # [b, roles, edges]
+            self.roles += np.where(at[..., None] >= 0, placed, 0).sum(0, dtype=np.float64)
+
+    def scores(self) -> EdgeScores:
+        counts = (self.at >= 0).sum(0)[:, None]
+        return EdgeScores(self.whole, self.by_position, None if self.roles is None else self.roles / counts)
 
 
 def score_edges(
@@ -63,18 +91,13 @@ def score_edges(
     """The methods on every pair, and what each has cost; its passes are those of one batch, AP's those of one pair.
 
     model  one in which each head has a key and a value of its own: see graph.ungrouped
-    only   bool [writers, readers]: exact patching of these edges only
+    only   bool [writers, readers]: exact patching of these edges only, and of whole edges only
     """
-    graph = Graph.of(model.config)
-    there, n = graph.edges.to(device), int(graph.edges.sum())
-    longest = max(len(p.original) for p in pairs)
-    labels, at = overlay(pairs)
-    fits = longest * there.numel() <= MOST  # the scores of one pair by position
-    each = len(pairs) * n <= MOST
-    each_position = each and len(pairs) * n * longest <= MOST
-    size, rows = sizes(batch_size, model.config, longest, device, fits)
-    every = list(batches(pairs, size))
-    kept, costs = {m.name: Kept() for m in methods}, {}
+    there, longest = Graph.of(model.config).edges.to(device), max(len(p.original) for p in pairs)
+    positions = longest * there.numel() <= MOST and only is None  # else one pair's scores by position do not fit
+    size, rows = sizes(batch_size, model.config, longest, device, positions)
+    collected = {m.name: Collected(int(there.sum()), longest, overlay(pairs)[1]) for m in methods}
+    every, costs = list(batches(pairs, size)), {}
     with tqdm(total=len(pairs), leave=False, disable=None, delay=2, bar_format=BAR) as bar:
         for numbers in every:
             tokens, done = tensors([pairs[i] for i in numbers], device), bar.n
@@ -86,68 +109,51 @@ def score_edges(
                 bar.set_description_str(f"{title} {m.label}")
                 if m is AP:
                     how = {"only": only, "rows": rows, "progress": progress}
-                    whole, by_position = patch_batch(model, tokens, metric, fits and only is None, costs, how)
+                    whole, by_position = patch_batch(model, tokens, metric, positions, costs, how)
                 else:
-                    whole, by_position = score_batch(model, tokens, m, metric, fits, costs)
+                    whole, by_position = score_batch(model, tokens, m, metric, positions, costs)
                 check_finite(title, [whole], model)
-                keep(kept[m.name], whole[:, there].cpu(), each)
-                if by_position is not None:
-                    keep_positions(kept[m.name], by_position[..., there].cpu(), at[numbers], longest, each_position)
+                by_position = by_position[..., there].cpu() if positions else None
+                collected[m.name].add(numbers, whole[:, there].cpu(), by_position)
             bar.update(done + len(numbers) - bar.n)
     for name, cost in costs.items():  # sums over the batches so far
         part = len(pairs) if name.startswith("ap") else len(every)
         cost.forward, cost.backward = cost.forward / part, cost.backward / part
-    order = torch.tensor([i for numbers in every for i in numbers]).argsort()
-    counts = (at >= 0).sum(0)[:, None]
-    result = {}
-    for name, of in kept.items():
-        whole = torch.cat(of.whole)[order] if each else sum(of.whole) / len(pairs)
-        by_position = torch.cat(of.by_position)[order] if of.by_position else None
-        result[name] = EdgeScores(whole, by_position, None if of.roles is None else of.roles / counts)
-    return result, costs
+    return {name: of.scores() for name, of in collected.items()}, costs
 
 
-def patch_batch(model, tokens, metric, positions: bool, costs: dict[str, Cost], how: dict):
-    """Exact patching at all positions together and, if asked, at each: [b, writers, readers], [b, t, ...] or None."""
-    results = []
-    for name, by_position in (("ap", False), ("ap_positions", True))[: 1 + positions]:
+def patch_batch(
+    model, tokens, metric, positions: bool, costs: dict[str, Cost], how: dict
+) -> tuple[Tensor, Tensor | None]:
+    """Exact patching of whole edges, [b, writers, readers], and, if asked, by position, [b, t, writers, readers]."""
+
+    def patched(name: str, by_position: bool) -> Tensor:
         began, cost = time.perf_counter(), costs.setdefault(name, Cost())
         scores, runs = patch_edges(model, *tokens, metric, by_position=by_position, **how)
         cost.forward += runs
         cost.seconds += time.perf_counter() - began
-        results.append(scores)
-    return results if positions else (*results, None)
+        return scores
+
+    return patched("ap", False), patched("ap_positions", True) if positions else None
 
 
-def score_batch(model, tokens, m: Method, metric, positions: bool, costs: dict[str, Cost]):
-    """A method's scores, summed over the positions and, if they fit into memory, at each: as patch_batch()."""
+def score_batch(
+    model, tokens, m: Method, metric, positions: bool, costs: dict[str, Cost]
+) -> tuple[Tensor, Tensor | None]:
+    """A method's scores, summed over the positions and, if asked, by position: shapes as in patch_batch()."""
     began, cost, counted = time.perf_counter(), costs.setdefault(m.name, Cost()), Counted(model)
-    scores = attribute_edges(counted, *tokens, metric, m.lrp or False, m.steps, by_position=positions)
+    scores = attribute_edges(counted, *tokens, metric, by_position=positions, **m.options)
     cost.forward += counted.forward
     cost.backward += counted.backward
     cost.seconds += time.perf_counter() - began
     return (scores.sum(1), scores) if positions else (scores, None)
 
 
-def keep(kept: Kept, whole: Tensor, each: bool) -> None:
-    kept.whole = [*kept.whole, whole] if each else [sum(kept.whole) + whole.double().sum(0, keepdim=True)]
-
-
-def keep_positions(kept: Kept, scores: Tensor, at: np.ndarray, longest: int, each: bool) -> None:
-    """scores: [b, t, edges]; at: [b, roles], the position of each role in each of these pairs, or -1."""
-    if each:
-        padding = (0, 0, 0, longest - scores.shape[1])
-        kept.by_position.append(torch.nn.functional.pad(scores, padding, value=torch.nan))
-    placed = scores.numpy()[np.arange(len(at))[:, None], np.maximum(at, 0)]  # [b, roles, edges]
-    placed = np.where(at[..., None] >= 0, placed, 0).sum(0, dtype=np.float64)
-    kept.roles = placed if kept.roles is None else kept.roles + placed
-
-
 def sizes(given: str, c: Config, length: int, device: torch.device, by_position: bool) -> tuple[int, int]:
     """How many pairs, and how many edited runs, go through the model together.
 
-    auto: fewer pairs than for nodes, so that the streams of a layer's readers, and the scores, fit into memory too. On
-    a CPU few are also fastest.
+    auto: fewer pairs than for nodes, so that the streams of a layer's readers, some ten times, and the scores, twice,
+    are at most 2^29 numbers (2 GiB in float32). On a CPU few are also fastest: their streams are at most 2^23 numbers.
     """
     prompts, rows = batch_sizes(given, c, length, device)
     if given != "auto":

@@ -23,13 +23,12 @@ def print_agreement(summary: dict, methods: list[Method]) -> None:
     if min(original, patch) < CAN_DO:
         print(NO_BEHAVIOUR)
     pcc, differences = summary["pcc"], summary["differences"]
-    kinds = list(pcc) if "ap" in summary["cost"] else []
+    kinds = list(pcc)
     row("PCC with exact patching" if kinds else "", [f" {KINDS[kind]}" for kind in kinds], "  passes   seconds")
-    if "ap" in summary["cost"]:
-        for name, label in (("ap", "AP, whole edges"), ("ap_positions", "AP, by position")):
-            if name in summary["cost"]:
-                cost = summary["cost"][name]
-                row(label, [""] * len(kinds), f"{cost['forward']:8.0f}{cost['seconds']:10.2f}")
+    for name, label in (("ap", "AP, whole edges"), ("ap_positions", "AP, by position")):
+        if name in summary["cost"]:
+            cost = summary["cost"][name]
+            row(label, [""] * len(kinds), f"{cost['forward']:8.0f}{cost['seconds']:10.2f}")
     labels = {m.name: m.label for m in methods if m.name != "ap"}
     for name, label in labels.items():
         cost = summary["cost"][name]
@@ -45,8 +44,8 @@ def print_agreement(summary: dict, methods: list[Method]) -> None:
 
 def print_circuits(summary: dict, labels: dict[str, str]) -> None:
     """How well the methods' circuits do the task. labels: {method: label}, exact patching and a random order too."""
-    areas, unit = summary["areas"], "edge" if summary["level"] == "edge" else "node"
-    print(f"\n  circuits, a share of the {unit}s, judged on {summary['judged_on']}:")
+    areas = summary["areas"]
+    print(f"\n  circuits, a share of the {summary['level']}s, judged on {summary['judged_on']}:")
     row("", [f" {label}" for label in AREAS.values()], f"  edges     f  overlap   (f >= {TARGET})")
     for method, of in areas.items():
         cells = [short(*of[measure]) for measure in AREAS]
