@@ -37,7 +37,18 @@ from beyond.edges import experiment as edges
 from beyond.edges import tables as edge_tables
 from beyond.methods import NAMES, is_method, method, parse_rules
 from beyond.verify import print_verified, verify
-from support import circuit_figures, circuit_tables, circuits, figures, processes, results, scoring, statistics, tables
+from support import (
+    circuit_figures,
+    circuit_tables,
+    circuits,
+    figures,
+    inspector,
+    processes,
+    results,
+    scoring,
+    statistics,
+    tables,
+)
 from support.commandline import (
     Parser,
     add_option,
@@ -86,8 +97,11 @@ TABLE_5 = {  # paper, Appendix B: PCC with AP of AtP and RelP, on 100 IOI prompt
 # Table 5, Figures 1 and 2: how well the methods predict AP of nodes
 
 
-def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device) -> results.NodeReport:
-    """The experiment on one model: scores by all methods, how well they agree with AP's, files, figure and table."""
+def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device, shown: list) -> results.NodeReport:
+    """The experiment on one model: scores by all methods, how well they agree with AP's, files, figure and table.
+
+    shown: what inspect.html will show is added here.
+    """
     # the model, and the prompt pairs
     started, began = time.time(), time.perf_counter()
     shard = partial(processes.shard_weights, device=device) if o.shard else None
@@ -172,6 +186,8 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device) -> results
         if not o.no_plot:
             maps = partial(figures.heatmaps, name, scored.scores, methods, o.nodes, pairs, o.metric)
             results.save_figure(folder / "heatmaps.png", maps)
+            page = partial(inspector.of_nodes, name, scored.scores, methods, o.nodes, pairs, o.metric, scored.values)
+            inspector.collect(shown, page)
             if conserved:
                 results.save_figure(folder / "conservation.png", partial(conservation.draw, name, conserved))
 
@@ -250,7 +266,7 @@ def paper_numbers(name: str, o: "NodeOptions") -> dict | None:
 # Section 5.2, Figure 3: circuits of SAE features behind subject-verb agreement
 
 
-def evaluate_circuits(name: str, o: "CircuitOptions", device: torch.device) -> dict:
+def evaluate_circuits(name: str, o: "CircuitOptions", device: torch.device, shown: list) -> dict:
     """The experiment on one model: find circuits on discovery pairs, judge them on held-out pairs; files, figures."""
     # the model, its units, and the prompt pairs
     began = time.perf_counter()
@@ -277,6 +293,9 @@ def evaluate_circuits(name: str, o: "CircuitOptions", device: torch.device) -> d
         result.chosen = circuits.choose(result)
         prompts = torch.cat(tensors(held_out, device)[:2]).unique(dim=0)
         result.strongest = circuits.strongest_units(result, model, prompts, tokenizer, saes, o.top, o.sum_positions)
+        if not o.no_plot:
+            title, given = f"{name}, {structure}", (model, prompts, tokenizer, saes)
+            inspector.collect(shown, partial(inspector.of_features, title, result, *given, methods, o))
         circuit_tables.print_structure(structure, result, labels, o.metric)
         results.save_json(folder / f"circuit-{structure}.json", circuits.circuit_json(structure, result))
     for file in folder.glob("circuit-*.json"):  # files of structures that an earlier run had
@@ -449,7 +468,7 @@ def judge(
 # Edges, which the paper does not have
 
 
-def evaluate_edges(name: str, o: "EdgeOptions", device: torch.device) -> dict:
+def evaluate_edges(name: str, o: "EdgeOptions", device: torch.device, shown: list) -> dict:
     """Scores of the edges between components, and circuits of them: beyond/edges/README.md explains it."""
     began = time.perf_counter()
     model = models.from_pretrained(name, DTYPES[o.dtype], device)
@@ -474,6 +493,7 @@ def evaluate_edges(name: str, o: "EdgeOptions", device: torch.device) -> dict:
         by_node=o.level == "node",
         verify=o.verify,
         arguments=arguments(o, device),
+        shown=shown,
     )
     return edges.evaluate(setting, results.folder_of(o.out, name, o.prompts, o.task, list(TASKS)))
 
@@ -577,9 +597,7 @@ class NodeOptions(Options):
         partial(one_name, "corruption", tasks.CORRUPTIONS),
     )
     grid: bool = option(False, None, "every subset of the rules, and how well each predicts AP")
-    verify: int | None = option(
-        None, "K", "AP of only the K nodes, heads and neurons, or edges ranked highest", whole
-    )
+    verify: int | None = option(None, "K", "AP of only the K nodes, heads and neurons, or edges ranked highest", whole)
     shard: bool = option(False, None, "under torchrun: share the weights out over the processes as well")
 
     def __post_init__(self):
@@ -738,10 +756,10 @@ def main(argv: list[str] | None = None) -> int:
         results.check_writable(o.out)
     except Exception as error:
         return complain(error)
-    reports, codes, said = [], [], set()
+    reports, shown, codes, said = [], [], [], set()
     for name in o.model:
         try:
-            reports.append(EXPERIMENTS[o.task](name, o, device))
+            reports.append(EXPERIMENTS[o.task](name, o, device, shown))
         except Exception as error:
             key = type(error), str(error)
             if key not in said:  # one mistake is said once, not once per model
@@ -752,6 +770,12 @@ def main(argv: list[str] | None = None) -> int:
     if o.task in COMPARE and len(reports) > 1 and processes.rank() == 0:
         try:
             COMPARE[o.task](reports, o)
+        except Exception as error:
+            codes.append(complain(error))
+    if shown:
+        try:
+            inspector.write(Path(o.out) / "inspect.html", shown)
+            print(f"  to look at every score, open {Path(o.out) / 'inspect.html'} in a browser")
         except Exception as error:
             codes.append(complain(error))
     processes.leave()

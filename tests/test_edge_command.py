@@ -279,7 +279,7 @@ def check_files(run, model, pairs):
 
 def test_files(toy):
     check_files(toy, models.from_pretrained("toy-gpt2"), ioi("toy-gpt2", 4))
-    files = {"edges.npz", "summary.json", "circuit.png", *(f"circuit-{m}.json" for m in ("ap", *METHODS))}
+    files = {"edges.npz", "summary.json", "graph.json", "circuit.png", *(f"circuit-{m}.json" for m in ("ap", *METHODS))}
     assert {path.name for path in toy.path.iterdir()} == files
     assert (toy.path / "circuit.png").read_bytes().startswith(b"\x89PNG")
     scores = {m + suffix for m in ("ap", *METHODS) for suffix in ("", "_positions")}
@@ -528,7 +528,8 @@ def test_circuits_of_an_earlier_run_go(edges, tiny, tmp_path):
     how = ["--model", tiny["gpt2"], "--pairs", 2, "--held-out", 1, "--no-plot", "--methods"]
     edges(*how, "atp,relp", into=tmp_path / "out")
     found = edges(*how, "ln+ah", into=tmp_path / "out")
-    assert {path.name for path in found.path.iterdir()} == {"edges.npz", "summary.json", "circuit-ln-ah.json"}
+    files = {"edges.npz", "summary.json", "graph.json", "circuit-ln-ah.json"}
+    assert {path.name for path in found.path.iterdir()} == files
 
 
 def test_other_files_of_an_earlier_run_go(edges, tiny, tmp_path):

@@ -68,13 +68,14 @@ CASES = [
     ("summary.json", "write"),
     ("heatmaps.png", "write"),
     ("pcc.png", "write"),
+    ("inspect.html", "write"),
 ]
 
 
 @pytest.mark.parametrize("file, how", CASES)
 def test_a_full_disk_leaves_the_old_files_whole(file, how, tiny, run, tmp_path, monkeypatch):
     arguments = ["--model", tiny["gpt2"], tiny["gemma2"], "--pairs", 3, "--nodes", "mlp_out"]
-    arguments += [] if file.endswith("png") else ["--no-plot"]
+    arguments += [] if file.endswith(("png", "html")) else ["--no-plot"]
     assert run(*arguments)[0] == 0
 
     def files():
@@ -83,7 +84,7 @@ def test_a_full_disk_leaves_the_old_files_whole(file, how, tiny, run, tmp_path, 
         return {path: path.read_bytes() for path in every if not path.name.startswith("unfinished-")}
 
     before = files()
-    assert len(before) == (9 if file.endswith("png") else 4)
+    assert len(before) == (10 if file.endswith(("png", "html")) else 4)
 
     def replaced(source, target, replace=os.replace):
         return full_disk() if file in str(target) else replace(source, target)
@@ -98,7 +99,7 @@ def test_a_full_disk_leaves_the_old_files_whole(file, how, tiny, run, tmp_path, 
     else:
         monkeypatch.setattr("builtins.open", opened)
     code, _, err = run(*arguments, "--seed", 1)
-    assert code == 2 and len(err) == (1 if file == "pcc.png" else 2), err  # one for each model
+    assert code == 2 and len(err) == (1 if file in ("pcc.png", "inspect.html") else 2), err  # or one for each model
     assert all(line.startswith("evaluate.py: error:") and file in line and "No space left" in line for line in err)
     after = files()
     assert after.keys() == before.keys()  # no debris

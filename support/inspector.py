@@ -1,0 +1,295 @@
+"""inspect.html: one page on which every score of a run can be looked at. inspect.html beside this file is its template.
+
+What a run has is packed into `Shown`, one for each model (for --task sva, one for each structure). The page has maps of
+rows and columns: layers and tokens, or for edges writers and readers. A map is stored in 16 bits per score, with one
+scale: a score is exact to 1/65534 of the largest one in its map (there is one map per method and kind of node for the
+means over the pairs, and another for the pairs one by one). "No value" is kept apart from 0.
+"""
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import relp
+from models import MissingFile, first_line
+from support.circuits import Structure
+from support.methods import Method
+from support.positions import laid_over, legend, overlay
+from support.processes import say
+from support.results import save, without_nan
+from support.tokenizer import load_tokenizer
+from tasks import Pair, labels
+
+TEMPLATE = Path(__file__).with_name("inspect.html")
+HERE = "{{data}}"  # where the data goes in the template
+LARGEST = 32767
+NO_VALUE = -32768
+MOST = 2**20  # numbers of one model, about 3 MB of the page; if there are more, the first pairs are shown, or the means
+PARTS = 8  # how many heads, neurons or features of a cell are shown
+FIRES_ON = 3  # prompts per feature
+WHOLE = {"head": "attn_out", "neuron": "mlp_out"}  # where a reader looks for these, beside relp.PARTS_OF
+
+
+@dataclass
+class Kind:
+    """The maps of one kind of node; of edges, those of one position.
+
+    mean    {method: packed [rows, columns]}, the mean over the pairs by role
+    each    {method: packed [pairs, rows, positions]}; {} if there are only means
+    parts   what a cell is made of: see strongest_parts(); None if that is not known
+    wholes  other kinds whose cells are made of these parts too
+    """
+
+    name: str
+    mean: dict
+    each: dict = field(default_factory=dict)
+    parts: dict | None = None
+    wholes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Shown:
+    """What the page shows of one model.
+
+    task      "nodes", "edges" or "features"
+    cells     packed numbers of the cells that maps hold, row by row; "" if they hold all
+    tokens    the tokens that occur; prompts are numbers of these
+    examples  the pairs: original, patch, answers, roles, values (the metric of both runs), at (see positions.overlay)
+    n_pairs   how many there were, and `laid_over` how many of them the means are of
+    values    the metric of both runs, mean over the pairs; None if not known
+    """
+
+    title: str
+    task: str
+    metric: str
+    methods: list[dict]
+    rows: list[str]
+    columns: list[str]
+    kinds: list[Kind]
+    tokens: list[str]
+    examples: list[dict]
+    n_pairs: int
+    laid_over: int
+    values: list[float] | None
+    cells: str = ""
+    meanings: str = ""
+    prompts: list[str] = field(default_factory=list)  # on which features fire
+    note: str = ""
+
+
+def collect(shown: list, make: Callable[[], Shown]) -> None:
+    """Add what is to be shown. What cannot be packed costs its part of the page only."""
+    try:
+        shown.append(make())
+    except Exception as error:
+        say(f"  inspect.html leaves this out: {first_line(error)}")
+
+
+def write(path: Path, shown: list[Shown]) -> None:
+    """The page. ValueError if the file cannot be written."""
+    template = TEMPLATE.read_text(encoding="utf-8")
+    save(path, lambda file: file.write(template.replace(HERE, embedded({"models": shown})).encode()))
+
+
+def embedded(content: dict) -> str:
+    """JSON that does no harm within an HTML script element: ASCII, without < > &."""
+    content = {"models": [without_nan(asdict(shown)) for shown in content["models"]]}
+    text = json.dumps(content, separators=(",", ":"))
+    return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+def packed(values: np.ndarray) -> dict:
+    """{"scale": the largest size, "data": base64 of 16-bit integers}; a value is integer * scale / 32767."""
+    values = np.asarray(values, np.float64)
+    there = np.isfinite(values)
+    scale = float(np.abs(values[there]).max(initial=0))
+    whole = np.full(values.shape, NO_VALUE, "<i2")
+    whole[there] = np.rint(values[there] / (scale or 1) * LARGEST)
+    return {"scale": scale, "data": in_base64(whole)}
+
+
+def in_base64(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
+
+
+def method_names(methods: list[Method]) -> list[dict]:
+    return [{"name": m.name, "label": m.label} for m in methods]
+
+
+def strongest_parts(scores: dict[str, np.ndarray]) -> dict:
+    """Of each cell the PARTS parts that some method scores highest. scores: {method: [cells, parts]}.
+
+    Returns their numbers and scores: {"index": packed [cells, k], "k": k, "scores": {method: packed [cells, k]}}.
+    """
+    strength = np.zeros(next(iter(scores.values())).shape)
+    for values in scores.values():
+        np.maximum(strength, np.nan_to_num(np.abs(values)), out=strength)
+    chosen = np.argsort(-strength, axis=1, kind="stable")[:, :PARTS]
+    found = {m: packed(np.take_along_axis(values, chosen, axis=1)) for m, values in scores.items()}
+    return {"index": in_base64(chosen.astype("<u4")), "k": chosen.shape[1], "scores": found}
+
+
+def prompts_shown(pairs: list[Pair], tokenizer, at: np.ndarray, values: np.ndarray | None) -> tuple[list, list]:
+    """Tokens, and examples that are numbers of these: see Shown."""
+    ids = dict.fromkeys(i for pair in pairs for i in (*pair.original, *pair.patch, *pair.answers))
+    number = {token: i for i, token in enumerate(ids)}
+    examples = [
+        {part: [number[i] for i in getattr(pair, part)] for part in ("original", "patch", "answers")}
+        | {"roles": pair.roles, "at": at[i].tolist(), "values": None if values is None else values[i].tolist()}
+        for i, pair in enumerate(pairs)
+    ]
+    return labels(list(ids), tokenizer), examples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run has
+
+
+def tokenizer_of(name: str):
+    """None if the model comes without one."""
+    try:
+        return load_tokenizer(name)
+    except MissingFile:
+        return None
+
+
+def of_nodes(
+    name: str, scores: dict, methods: list[Method], nodes: list[str], pairs: list[Pair], metric: str, values: np.ndarray
+) -> Shown:
+    """The node experiment. scores: {(method, node): [n, layers, positions, ...parts]}; values: [n, 2]."""
+    columns, at = overlay(pairs)
+    first = {node: scores[methods[0].name, node] for node in nodes}
+    n_layers, longest = next(iter(first.values())).shape[1:3]
+    cells = sum(len(methods) if x.ndim == 3 else len(methods) + (len(methods) + 2) * PARTS for x in first.values())
+    n = min(len(pairs), max(1, MOST // (cells * n_layers * longest)))
+    kinds = []
+    for node in nodes:
+        every = {m.name: scores[m.name, node] for m in methods}
+        means = {m: laid_over(x, at) for m, x in every.items()}  # [layers, columns, ...parts]
+        kind = Kind(node, {}, {})
+        if first[node].ndim > 3:
+            number = first[node].shape[3]
+            of_mean = strongest_parts({m: x.reshape(-1, number) for m, x in means.items()})
+            of_pairs = strongest_parts({m: x[:n].reshape(-1, number) for m, x in every.items()})
+            kind.parts = {"what": node, "of": number, "mean": of_mean, "each": of_pairs}
+            kind.wholes = [relp.node_of(node), *([WHOLE[node]] if node in WHOLE else [])]
+            means, every = ({m: x.sum(-1) for m, x in of.items()} for of in (means, every))
+        kind.mean = {m: packed(x) for m, x in means.items()}
+        kind.each = {m: packed(x[:n]) for m, x in every.items()}
+        kinds.append(kind)
+    tokens, examples = prompts_shown(pairs[:n], tokenizer_of(name), at, values)
+    return Shown(
+        title=name,
+        task="nodes",
+        metric=metric,
+        methods=method_names(methods),
+        rows=[str(layer) for layer in range(n_layers)],
+        columns=columns,
+        kinds=kinds,
+        tokens=tokens,
+        examples=examples,
+        n_pairs=len(pairs),
+        laid_over=int((at >= 0).any(1).sum()),
+        values=values.mean(0).tolist(),
+        meanings=legend(columns),
+    )
+
+
+def of_edges(
+    name: str, graph, scores: dict, methods: list[Method], pairs: list[Pair], metric: str, values: list[float]
+) -> Shown:
+    """Edges, mean over the pairs, with a map for each role where the run has them. values: the metric's two means.
+
+    graph, scores: the Graph and {method: EdgeScores} of beyond.edges
+    """
+    columns, at = overlay(pairs)
+    kinds = [Kind("all positions together", {m: packed(of.mean) for m, of in scores.items()})]
+    by_role = {m: of.roles for m, of in scores.items() if of.roles is not None}
+    if len(by_role) == len(scores) and sum(roles.size for roles in by_role.values()) <= MOST:
+        for i, role in enumerate(columns):
+            kinds.append(Kind(f"at {role.strip()}", {m: packed(roles[i]) for m, roles in by_role.items()}))
+    example = int((at >= 0).sum(1).argmax())
+    tokens, examples = prompts_shown([pairs[example]], tokenizer_of(name), at[[example]], None)
+    return Shown(
+        title=name,
+        task="edges",
+        metric=metric,
+        methods=method_names(methods),
+        rows=graph.writers,
+        columns=graph.readers,
+        kinds=kinds,
+        tokens=tokens,
+        examples=examples,
+        n_pairs=len(pairs),
+        laid_over=int((at >= 0).any(1).sum()),
+        values=values,
+        cells=in_base64(np.flatnonzero(graph.edges).astype("<u4")),
+        meanings=legend(columns),
+    )
+
+
+def of_features(
+    title: str, s: Structure, model, prompts: torch.Tensor, tokenizer, saes: dict, methods: list[Method], o
+) -> Shown:
+    """Features of --task sva, mean over the discovery pairs. o: the command's options; prompts: token ids [n, pos]."""
+    scores, n_positions = s.features, len(s.roles)
+    keys = list(scores[methods[0].name])
+    n_layers = 1 + max(layer for _, layer in keys)
+    acts = relp.record(model, prompts, {node for node, _ in saes})[1]
+    kinds = []
+    for node, _ in Counter(node for node, _ in keys).most_common():  # those with SAEs in most layers first
+        layers = [layer for other, layer in keys if other == node]
+        units = max(scores[methods[0].name][node, layer].shape[1] for layer in layers)
+        maps = {m.name: np.full((n_layers, n_positions, units), np.nan) for m in methods}
+        for (m, of_layers), layer in product(maps.items(), layers):
+            values = scores[m][node, layer].cpu().double().numpy()
+            of_layers[layer, :, : values.shape[1]] = values
+        parts = strongest_parts({m: x.reshape(-1, units) for m, x in maps.items()})
+        index = np.frombuffer(base64.b64decode(parts["index"]), "<u4").reshape(n_layers, n_positions, -1)
+        fires = {}
+        for layer, pos in product(layers, range(n_positions)):
+            x = acts[node, layer].flatten(2)[:, slice(None) if o.sum_positions else [pos]]
+            fires[f"{layer},{pos}"] = fires_most(saes[node, layer], x, index[layer, pos].tolist())
+        errors = {layer: len(saes[node, layer].W_dec) for layer in layers}  # the number of the SAE's error
+        parts = {"what": "feature", "of": units, "mean": parts, "fires": fires, "errors": errors}
+        sums = {m: np.where(np.isnan(x).all(-1), np.nan, np.nansum(x, -1)) for m, x in maps.items()}
+        kinds.append(Kind(node, {m: packed(x) for m, x in sums.items()}, parts=parts))
+    tokens, examples = prompts_shown(s.held_out[:1], tokenizer, np.arange(n_positions)[None], None)
+    skip = int(s.held_out[0].roles[0] == "BOS")
+    return Shown(
+        title=title,
+        task="features",
+        metric=o.metric,
+        methods=method_names(methods),
+        rows=[str(layer) for layer in range(n_layers)],
+        columns=s.roles,
+        kinds=kinds,
+        tokens=tokens,
+        examples=examples,
+        n_pairs=o.pairs,
+        laid_over=o.pairs,
+        values=[s.discovery["original"], s.discovery["patch"]],
+        meanings=legend(s.roles),
+        prompts=[tokenizer.decode(ids) for ids in prompts[:, skip:].tolist()],
+        note="Every unit has its score of all positions together." if o.sum_positions else "",
+    )
+
+
+def fires_most(sae, x: torch.Tensor, units: list[int]) -> list:
+    """Of each unit the prompts on which it fires most: [[[prompt, activation], ...], ...]. x: [prompts, pos, d]."""
+    error = sae.error(x).norm(dim=-1, keepdim=True)
+    active = torch.cat([sae.encode(x), error], dim=-1).amax(1)[:, units]
+    values, prompts = active.topk(min(FIRES_ON, len(active)), dim=0)
+    of_units = zip(prompts.T.tolist(), values.T.tolist())
+    return [[[p, round(v, 3)] for p, v in zip(*of_unit) if v > 0] for of_unit in of_units]

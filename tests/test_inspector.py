@@ -1,0 +1,687 @@
+"""inspect.html: what is in it, and what it does in a real browser.
+
+The browser is headless Chromium, driven through chromedriver by plain HTTP (the WebDriver protocol).
+"""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import evaluate
+import tasks
+from beyond.methods import method
+from support import inspector
+from support.positions import laid_over, overlay
+from support.tokenizer import load_tokenizer
+from tasks import Pair
+
+METHODS = [method(name) for name in ("ap", "atp", "relp")]
+NODES = ["resid_pre", "attn_out", "mlp_out"]
+HOSTILE = [
+    "</script><b id=evil>",
+    "<!-- <script>",
+    "\"'`\\",
+    "😀\ud800",
+    "\u202eabc",
+    "שלום",
+    "\u2028\u2029",
+    "&lt;",
+    "{{data}}",
+    "\n",
+    "",
+]
+
+
+class Words:
+    """A tokenizer of these words."""
+
+    def __init__(self, words):
+        self.words, self.n_vocab, self.bos_id = words, len(words), None
+
+    def decode(self, ids):
+        return "".join(self.words[i] for i in ids)
+
+
+def made_up(pairs, nodes=NODES, n_layers=4, methods=METHODS, parts=None):
+    """Scores of these pairs, NaN beyond each prompt, with AP, AtP and RelP that differ; and the metric's values."""
+    rng, longest = np.random.default_rng(0), max(len(pair.original) for pair in pairs)
+    beyond = np.arange(longest) >= np.array([len(pair.original) for pair in pairs])[:, None]
+    scores = {}
+    for m in methods:
+        for node in nodes:
+            shape = len(pairs), n_layers, longest, *((parts or {}).get(node, ()))
+            values = (rng.standard_normal(shape) ** 3).astype(np.float32)
+            values.swapaxes(1, 2)[beyond] = np.nan
+            scores[m.name, node] = values
+    return scores, rng.standard_normal((len(pairs), 2))
+
+
+def data_of(path):
+    """The JSON in a page."""
+    (text,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', path.read_text(), re.DOTALL)
+    return json.loads(text)
+
+
+def unpacked(found, shape):
+    whole = np.frombuffer(base64.b64decode(found["data"]), "<i2").reshape(shape)
+    return np.where(whole == -32768, np.nan, whole * found["scale"] / 32767)
+
+
+def is_close(found, values):
+    """Equal to 1/65534 of the largest, and NaN in the same places."""
+    found = unpacked(found, values.shape)
+    assert (np.isnan(found) == np.isnan(values)).all() and found.size
+    error = np.nanmax(np.abs(found - values), initial=0)
+    assert error <= np.nanmax(np.abs(values), initial=0) / 65534 * (1 + 1e-6), error
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return tasks.ioi(load_tokenizer("toy-gpt2"), 100, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in the page
+
+
+def test_the_numbers_are_those_of_the_scores(pairs, tmp_path):
+    scores, values = made_up(pairs)
+    models = [
+        inspector.of_nodes(name, scores, METHODS, NODES, pairs, "logit_diff", values)
+        for name in ("toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2")
+    ]
+    inspector.write(tmp_path / "inspect.html", models)
+    assert (tmp_path / "inspect.html").stat().st_size <= 1e6
+    text = (tmp_path / "inspect.html").read_text()
+    assert "http" not in text.replace("http-equiv", "") and "innerHTML" not in text and "src=" not in text
+    found, (_, at) = data_of(tmp_path / "inspect.html"), overlay(pairs)
+    assert len(found["models"]) == 4
+    shown = found["models"][0]
+    assert [kind["name"] for kind in shown["kinds"]] == NODES and len(shown["examples"]) == shown["n_pairs"] == 100
+    for kind in shown["kinds"]:
+        for m in METHODS:
+            of_pairs = scores[m.name, kind["name"]]
+            assert np.isnan(of_pairs).any()
+            is_close(kind["each"][m.name], of_pairs)
+            is_close(kind["mean"][m.name], laid_over(of_pairs, at))
+    for pair, example, value in zip(pairs, shown["examples"], values.tolist()):
+        words = load_tokenizer("toy-gpt2")
+        for part in ("original", "patch", "answers"):
+            assert [shown["tokens"][i] for i in example[part]] == [words.decode([i]) for i in getattr(pair, part)]
+        assert example["values"] == value and tuple(example["roles"]) == pair.roles
+
+
+def test_parts_of_a_cell_are_its_strongest(pairs):
+    pairs = pairs[:3]
+    scores, values = made_up(pairs, ["mlp_out", "neuron"], parts={"neuron": (20,)})
+    shown = inspector.of_nodes("toy-gpt2", scores, METHODS, ["mlp_out", "neuron"], pairs, "logit_diff", values)
+    kind = shown.kinds[1]
+    assert kind.wholes == ["mlp_hidden", "mlp_out"] and kind.parts["of"] == 20 and shown.kinds[0].parts is None
+    of = {m.name: scores[m.name, "neuron"] for m in METHODS}
+    is_close(kind.each["relp"], of["relp"].sum(-1))
+    k = kind.parts["each"]["k"]
+    index = np.frombuffer(base64.b64decode(kind.parts["each"]["index"]), "<u4").reshape(*of["ap"].shape[:3], k)
+    strength = np.max([np.abs(x) for x in of.values()], axis=0)[0, 1, 2]
+    assert k == inspector.PARTS and set(index[0, 1, 2]) == set(np.argsort(-strength)[:k])
+    for name, x in of.items():
+        is_close(kind.parts["each"]["scores"][name], np.take_along_axis(x, index.astype(int), -1))
+
+
+def test_a_large_run_shows_its_first_pairs_and_the_mean_of_all(pairs, monkeypatch):
+    scores, values = made_up(pairs)
+    monkeypatch.setattr(inspector, "MOST", 9 * 4 * 16 * 30)
+    shown = inspector.of_nodes("toy-gpt2", scores, METHODS, NODES, pairs, "logit_diff", values)
+    longest = scores["ap", "resid_pre"].shape[2]
+    n = 9 * 4 * 16 * 30 // (9 * 4 * longest)
+    assert len(shown.examples) == n < shown.n_pairs == 100
+    is_close(shown.kinds[0].each["ap"], scores["ap", "resid_pre"][:n])
+    is_close(shown.kinds[0].mean["ap"], laid_over(scores["ap", "resid_pre"], overlay(pairs)[1]))
+
+
+def test_zeros_and_missing_values_stay_apart():
+    found = inspector.packed(np.array([0.0, np.nan, -3.0, 3.0, np.inf]))
+    assert found["scale"] == 3
+    values = unpacked(found, (5,))
+    assert values.tolist()[0] == 0 and np.isnan(values[[1, 4]]).all() and values.tolist()[2:4] == [-3, 3]
+    assert unpacked(inspector.packed(np.zeros(3)), (3,)).tolist() == [0, 0, 0]
+    assert np.isnan(unpacked(inspector.packed(np.full(3, np.nan)), (3,))).all()
+
+
+def hostile_model(monkeypatch):
+    """A model whose every token, and name, wants to break the page."""
+    monkeypatch.setattr(inspector, "load_tokenizer", lambda name: Words(HOSTILE))
+    ids = tuple(range(len(HOSTILE)))
+    roles = tuple(HOSTILE)
+    pairs = [Pair(ids, (1, 0, *ids[2:]), (0, 3), roles, "g"), Pair(ids[:4], (1, *ids[1:4]), (5, 6), roles[:4], "h")]
+    scores, values = made_up(pairs)
+    return inspector.of_nodes("</script>&amp;", scores, METHODS, NODES, pairs, "logit_diff", values)
+
+
+def test_hostile_prompts_are_data(monkeypatch, tmp_path):
+    inspector.write(tmp_path / "inspect.html", [hostile_model(monkeypatch)])
+    text = (tmp_path / "inspect.html").read_bytes()
+    assert text.count(b"</script>") == 2 and text.count(b"<!--") == inspector.TEMPLATE.read_bytes().count(b"<!--")
+    found = data_of(tmp_path / "inspect.html")["models"][0]
+    assert found["tokens"] == HOSTILE and found["title"] == "</script>&amp;"
+
+
+def test_what_cannot_be_packed_costs_its_part_only(capsys):
+    shown = []
+    inspector.collect(shown, lambda: 1 / 0)
+    inspector.collect(shown, lambda: "kept")
+    assert shown == ["kept"] and "inspect.html leaves this out: division by zero" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def edges_run(tmp_path_factory):
+    """The folder of a run of --task edges, and its page."""
+    out = tmp_path_factory.mktemp("edges")
+    given = ["--task", "edges", "--model", "toy-gpt2", "--pairs", "4", "--held-out", "3", "--methods", "ap,relp"]
+    assert evaluate.main([*given, "--out", str(out)]) == 0
+    return SimpleNamespace(folder=out / "toy-gpt2-edges", page=out / "inspect.html")
+
+
+def test_the_command_writes_the_page(tmp_path, capsys):
+    given = ["--model", "toy-gpt2", "toy-neox", "--pairs", "4", "--out", str(tmp_path)]
+    assert evaluate.main([*given, "--no-plot"]) == 0 and not (tmp_path / "inspect.html").exists()
+    assert evaluate.main(given) == 0 and "inspect.html in a browser" in capsys.readouterr().out
+    shown = data_of(tmp_path / "inspect.html")["models"]
+    assert [model["title"] for model in shown] == ["toy-gpt2", "toy-neox"]
+    for model in shown:
+        with np.load(tmp_path / f"{model['title']}-ioi" / "scores.npz") as file:
+            for kind in model["kinds"]:
+                for m, found in kind["each"].items():
+                    is_close(found, file[f"{m}_{kind['name']}"])
+            assert [pair["values"] for pair in model["examples"]] == file["values"].tolist()
+    (tmp_path / "inspect.html").unlink()
+    (tmp_path / "inspect.html").mkdir()  # what cannot be written costs nothing else
+    assert evaluate.main(["--model", "toy-neox", *given[3:], "--methods", "atp"]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert (tmp_path / "toy-neox-ioi" / "scores.npz").exists()
+
+
+def test_edges_are_those_of_the_file(edges_run):
+    (shown,) = data_of(edges_run.page)["models"]
+    with np.load(edges_run.folder / "edges.npz") as file:
+        assert shown["rows"] == file["writers"].tolist() and shown["columns"] == file["readers"].tolist()
+        there = ~np.isnan(file["ap"][0])
+        cells = np.frombuffer(base64.b64decode(shown["cells"]), "<u4")
+        assert cells.tolist() == np.flatnonzero(there).tolist()
+        whole, *by_role = shown["kinds"]
+        for m in ("ap", "relp"):
+            is_close(whole["mean"][m], file[m].astype(float).mean(0)[there])
+            for i, kind in enumerate(by_role):
+                is_close(kind["mean"][m], file[f"{m}_positions"][there, i])
+        assert [kind["name"] for kind in by_role] == [f"at {role.strip()}" for role in file["roles"]]
+
+
+TEXT = {"type": "string"}
+GRAPH_SCHEMA = {  # Neuronpedia's, as far as it says what must be
+    "type": "object",
+    "required": ["metadata", "qParams", "nodes", "links"],
+    "properties": {
+        "metadata": {
+            "type": "object",
+            "required": ["slug", "scan", "prompt_tokens", "prompt"],
+            "properties": {
+                "slug": TEXT,
+                "scan": TEXT,
+                "prompt_tokens": {"type": "array", "items": TEXT},
+                "prompt": TEXT,
+                "info": {
+                    "type": "object",
+                    "properties": {
+                        "description": TEXT,
+                        "generator": {"type": "object", "properties": {"name": TEXT, "version": TEXT, "url": TEXT}},
+                    },
+                },
+            },
+        },
+        "qParams": {"type": "object"},
+        "nodes": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "clerp"],
+                "properties": {
+                    "node_id": TEXT,
+                    "feature": {"type": ["integer", "null"]},
+                    "layer": {"type": ["string", "integer"]},
+                    "ctx_idx": {"type": "integer"},
+                    "feature_type": TEXT,
+                    "jsNodeId": TEXT,
+                    "clerp": TEXT,
+                },
+            },
+        },
+        "links": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["source", "target", "weight"],
+                "properties": {"source": TEXT, "target": TEXT, "weight": {"type": "number"}},
+            },
+        },
+    },
+}
+KINDS = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "null": type(None)}
+
+
+def faults(value, schema, place="graph"):
+    """What is wrong with a value, by the part of JSON Schema (draft 07) that is used here."""
+    kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+    if isinstance(value, bool) or not any(isinstance(value, KINDS[kind]) for kind in kinds):
+        return [f"{place} is {value!r}"]
+    found = [f"{place} has no {name}" for name in schema.get("required", ()) if name not in value]
+    for name, inner in schema.get("properties", {}).items():
+        found += faults(value[name], inner, f"{place}.{name}") if name in value else []
+    for i, item in enumerate(value if "items" in schema else ()):
+        found += faults(item, schema["items"], f"{place}[{i}]")
+    return found
+
+
+def test_the_circuit_as_an_attribution_graph(edges_run):
+    text = (edges_run.folder / "graph.json").read_text()
+    graph = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in graph.json"))
+    assert faults(graph, GRAPH_SCHEMA) == []
+    broken = graph | {"nodes": [{**graph["nodes"][0], "ctx_idx": "3"}], "links": [{"source": "a", "target": "b"}]}
+    assert faults(broken, GRAPH_SCHEMA) == ["graph.nodes[0].ctx_idx is '3'", "graph.links[0] has no weight"]
+    drawn = json.loads((edges_run.folder / "summary.json").read_text())["drawn"]["edges"]
+    nodes, tokens = {node["node_id"]: node for node in graph["nodes"]}, graph["metadata"]["prompt_tokens"]
+    assert len({node["jsNodeId"] for node in graph["nodes"]}) == len(graph["nodes"]) == len(nodes)
+    assert all(0 <= node["ctx_idx"] < len(tokens) for node in nodes.values())
+    assert graph["metadata"]["prompt"] == "".join(tokens) and "times -1" in graph["metadata"]["info"]["description"]
+    weights = {}
+    for edge in drawn:
+        writer, reader = edge["edge"].split("->")
+        ends = writer, reader.partition("<")[0]
+        weights[ends] = weights.get(ends, 0) - edge["score"]
+    found = {tuple(link[end].partition("@")[0] for end in ("source", "target")): link for link in graph["links"]}
+    assert {ends: link["weight"] for ends, link in found.items()} == pytest.approx(weights)
+    assert all(link[end] in nodes for link in graph["links"] for end in ("source", "target"))
+    names = {name.partition("@")[0]: node for name, node in nodes.items()}
+    assert names.keys() == {end for ends in weights for end in ends}
+    assert names["logits"]["ctx_idx"] == len(tokens) - 1 and names["logits"]["feature_type"] == "logit"
+
+
+@pytest.fixture(scope="module")
+def features_page(tmp_path_factory):
+    """The page of a run of --task sva, and what its circuit's file has."""
+    out = tmp_path_factory.mktemp("sva")
+    given = ["--task", "sva", "--structures", "across_pp", "--pairs", "6", "--held-out", "6", "--methods", "atp,relp"]
+    assert evaluate.main([*given, "--nodes", "attn_out,resid_post", "--thresholds", "1e-3,1,3", "--out", str(out)]) == 0
+    circuit = json.loads((out / "toy-neox-sva" / "circuit-across_pp.json").read_text())
+    return SimpleNamespace(path=out / "inspect.html", strongest=circuit["strongest"], roles=circuit["roles"])
+
+
+def test_features_and_the_prompts_that_they_fire_on(features_page):
+    (shown,) = data_of(features_page.path)["models"]
+    assert shown["title"] == "toy-neox, across_pp" and shown["columns"] == features_page.roles
+    kinds, n = {kind["name"]: kind for kind in shown["kinds"]}, len(shown["columns"])
+    for unit in features_page.strongest:  # each is among the strongest of its cell, with the same numbers
+        parts = kinds[unit["node"]]["parts"]
+        cell, k = unit["layer"] * n + unit["position"], parts["mean"]["k"]
+        index = np.frombuffer(base64.b64decode(parts["mean"]["index"]), "<u4").reshape(-1, k)[cell].tolist()
+        i = index.index(parts["errors"][str(unit["layer"])] if unit["unit"] == "error" else unit["unit"])
+        for m, score in unit["scores"].items():
+            scores = unpacked(parts["mean"]["scores"][m], (-1, k))
+            assert scores[cell, i] == pytest.approx(score, abs=float(np.nanmax(np.abs(scores))) / 60000)
+        fires = parts["fires"][f"{unit['layer']},{unit['position']}"][i]
+        assert [value for _, value in fires] == pytest.approx([v for _, v in unit["fires_most_on"]], abs=1e-3)
+        assert [shown["prompts"][p] for p, _ in fires] == [text for text, _ in unit["fires_most_on"]]
+
+
+def test_a_page_that_cannot_be_written(tmp_path):
+    (tmp_path / "inspect.html").mkdir()
+    with pytest.raises(ValueError, match="cannot write"):
+        inspector.write(tmp_path / "inspect.html", [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a browser
+
+
+class Browser:
+    """A session of chromedriver."""
+
+    def __init__(self, port):
+        self.url = f"http://127.0.0.1:{port}"
+        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900", "--hide-scrollbars"]
+        options = {"args": arguments, "perfLoggingPrefs": {"enableNetwork": True}}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        self.session = ""
+        self.session = f"/session/{self.post('/session', capabilities={'alwaysMatch': wanted})['sessionId']}"
+
+    def request(self, method, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + self.session + path, data, method=method)
+        request.add_header("Content-Type", "application/json")
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from None
+
+    def post(self, path, **body):
+        return self.request("POST", path, body)
+
+    def run(self, script, *arguments):
+        """A script's value."""
+        return self.post("/execute/sync", script=script, args=list(arguments))
+
+    def open(self, path):
+        self.log("browser"), self.log("performance")
+        self.post("/url", url=path.as_uri())
+
+    def log(self, kind):
+        return self.post("/se/log", type=kind)
+
+    def element(self, css):
+        return next(iter(self.post("/element", using="css selector", value=css).values()))
+
+    def click(self, css):
+        self.post(f"/element/{self.element(css)}/click")
+
+    def choose(self, css, value):
+        self.click(f'{css} option[value="{value}"]')
+
+    def mouse(self, x, y, click=False):
+        moves = [{"type": "pointerMove", "duration": 0, "x": round(x), "y": round(y)}]
+        moves += [{"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}] * click
+        parameters = {"pointerType": "mouse"}
+        self.post("/actions", actions=[{"type": "pointer", "id": "mouse", "parameters": parameters, "actions": moves}])
+
+    def keys(self, *keys):
+        each = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.post("/actions", actions=[{"type": "key", "id": "keyboard", "actions": each}])
+
+    def text(self, css):
+        return self.run("return document.querySelector(arguments[0]).textContent", css)
+
+    def shown(self):
+        """What the readout says: the place, and {method: its numbers}."""
+        rows = self.run(
+            "return [...document.querySelectorAll('#readout [data-method]')].map(row => [row.dataset.method, "
+            "...[...row.children].slice(1).map(cell => cell.textContent)])"
+        )
+        return self.text("#where"), {name: [number(text) for text in numbers] for name, *numbers in rows}
+
+    def at(self, method, row, column):
+        """Where a cell of a map is in the window."""
+        return self.run(
+            "const canvas = document.querySelector(`figure[data-method='${arguments[0]}'] canvas`);"
+            "canvas.scrollIntoView({block: 'center'});"
+            "const box = canvas.getBoundingClientRect(), {x, y} = corner({row: arguments[1], column: arguments[2]});"
+            "return [box.x + x + layout.cellWidth / 2, box.y + y + layout.cellHeight / 2]",
+            method,
+            row,
+            column,
+        )
+
+    def faults(self):
+        """Errors in the console, and requests for anything but the page itself."""
+        events = [json.loads(entry["message"])["message"] for entry in self.log("performance")]
+        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        outside = [url for url in asked if not url.startswith(("file:", "data:"))]
+        assert any(url.startswith("file:") for url in asked)  # the log works
+        return [entry["message"] for entry in self.log("browser")], outside
+
+
+def number(text):
+    text = text.replace("−", "-").removesuffix(" %")
+    return float(text) if text and text != "no value" else None
+
+
+@pytest.fixture(scope="module")
+def browser():
+    driver = shutil.which("chromedriver")
+    if not driver or not (shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("no chromium and chromedriver on this machine (Debian: chromium-driver)")
+    process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        port = None
+        for line in process.stdout:
+            if found := re.search(r"started successfully on port (\d+)", line):
+                port = int(found[1])
+                break
+        session = Browser(port)
+        try:
+            yield session
+        finally:
+            session.request("DELETE", "")
+    finally:
+        process.terminate()
+        process.wait(10)
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def nodes_page(pairs, tmp_path_factory):
+    """A page of a run with heads, and its scores."""
+    nodes = [*NODES, "head"]
+    scores, values = made_up(pairs[:6], nodes, parts={"head": (4,)})
+    shown = inspector.of_nodes("toy-gpt2", scores, METHODS, nodes, pairs[:6], "logit_diff", values)
+    path = tmp_path_factory.mktemp("page") / "inspect.html"
+    inspector.write(path, [shown])
+    return SimpleNamespace(path=path, scores=scores, pairs=pairs[:6], values=values)
+
+
+def expect(shown, scores, index):
+    """The readout shows these scores, and their errors, to the precision of the page."""
+    exact = 2e-4 * max(float(np.nanmax(np.abs(values))) for values in scores.values())
+    ap = float(scores["ap"][index])
+    for name, (score, error, _) in shown.items():
+        assert score == pytest.approx(float(scores[name][index]), abs=exact), name
+        if name != "ap":
+            assert error == pytest.approx(float(scores[name][index]) - ap, abs=exact)
+
+
+def of_kind(page, node, pair=None):
+    if pair is not None:
+        return {m.name: page.scores[m.name, node][pair] for m in METHODS}
+    return {m.name: laid_over(page.scores[m.name, node], overlay(page.pairs)[1]) for m in METHODS}
+
+
+def test_pointing_at_a_cell_shows_its_numbers_everywhere(browser, nodes_page):
+    browser.open(nodes_page.path)
+    means = of_kind(nodes_page, "resid_pre")
+    for m, row, column in (("ap", 0, 3), ("relp", 3, 10), ("atp", 2, 15)):
+        browser.mouse(*browser.at(m, row, column))
+        where, shown = browser.shown()
+        assert where == f"resid_pre, layer {row}, {overlay(nodes_page.pairs)[0][column].strip()}"
+        expect(shown, means, (row, column))
+        boxes = browser.run("return [...document.querySelectorAll('.marker.here')].map(m => m.style.cssText)")
+        assert len(boxes) == 3 and len(set(boxes)) == 1  # in all maps
+    browser.choose("#kind", 2)
+    browser.choose("#pair", 4)
+    n = len(nodes_page.pairs[4].original)
+    browser.mouse(*browser.at("relp", 1, n - 1))
+    where, shown = browser.shown()
+    assert where.startswith("mlp_out, layer 1, “") and "END" in where
+    of_all = {m.name: nodes_page.scores[m.name, "mlp_out"] for m in METHODS}
+    expect(shown, of_all, (4, 1, n - 1))
+    numbers = browser.run("return [...document.querySelectorAll('#prompts .runs bdi + span')].map(x => x.textContent)")
+    assert [number(text) for text in numbers] == pytest.approx(nodes_page.values[4].tolist(), rel=2e-3)
+    corner = browser.run(
+        "const token = document.querySelector('[data-column=\"5\"]');"
+        "token.scrollIntoView();"
+        "const box = token.getBoundingClientRect();"
+        "return [box.x + 5, box.y + 5]"
+    )
+    browser.mouse(*corner)  # a token of the prompts
+    assert browser.run("return [state.here.row, state.here.column]") == [1, 5]
+    assert browser.faults() == ([], [])
+
+
+def test_the_keyboard_moves_and_opens(browser, nodes_page):
+    browser.open(nodes_page.path)
+    browser.mouse(*browser.at("ap", 1, 4))
+    up, right, down, left, enter = "\ue013", "\ue014", "\ue015", "\ue012", "\ue007"
+    browser.keys(up, right, right, down, left)
+    assert browser.run("return [state.here.row, state.here.column]") == [1, 5]
+    means = of_kind(nodes_page, "resid_pre")
+    expect(browser.shown()[1], means, (1, 5))
+    browser.keys(*[down] * 5, *[right] * 30)  # it stops at the edge
+    columns = means["ap"].shape[1]
+    assert browser.run("return [state.here.row, state.here.column]") == [0, columns - 1]
+    browser.keys(enter)
+    assert browser.text("#details h2") == browser.text("#where")
+    browser.keys("\ue004")  # Tab: the focus can be seen
+    assert browser.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert browser.faults() == ([], [])
+
+
+def test_the_worst_miss_in_three_clicks(browser, nodes_page):
+    browser.open(nodes_page.path)
+    means = of_kind(nodes_page, "resid_pre")
+    error = means["relp"] - means["ap"]
+    browser.click("#error")
+    largest = max(np.abs(means[m] - means["ap"]).max() for m in ("atp", "relp"))
+    assert number(browser.text("#legend span")) == pytest.approx(-largest, rel=5e-3)
+    assert browser.run("return view.drawn.relp[cellOf(arguments[0])]", {"row": 2, "column": 7}) == pytest.approx(
+        error[2, 7], abs=1e-3
+    )
+    assert len(browser.run("return [...document.querySelectorAll('#list tr')]")) == 10
+    browser.click("#list tr:first-child button")
+    row, column = np.unravel_index(np.abs(error).argmax(), error.shape)
+    assert browser.run("return [state.opened.row, state.opened.column]") == [row, column]
+    words = browser.text("#details")
+    assert "an error of" in words and "All kinds of nodes at this place" in words and "pair " in words
+    browser.choose("#list-scope", "everything")
+    browser.click("#list tr:first-child button")
+    each = {node: [of_kind(nodes_page, node, pair) for pair in range(6)] for node in NODES}
+    sums = [{m: x.sum(-1) for m, x in of_kind(nodes_page, "head", pair).items()} for pair in range(6)]
+    each["head"] = sums
+    worst = max((np.nanmax(np.abs(x["relp"] - x["ap"])), k, i) for k, of in enumerate(each.values())
+                for i, x in enumerate(of))  # fmt: skip
+    assert browser.run("return [state.kind, state.pair]") == [worst[1], worst[2]]
+    found = browser.run("return view.scores.relp[cellOf(state.here)] - view.scores.ap[cellOf(state.here)]")
+    assert abs(found) == pytest.approx(worst[0], rel=1e-3)
+    assert browser.faults() == ([], [])
+
+
+def test_a_click_opens_the_heads_of_a_cell(browser, nodes_page):
+    browser.open(nodes_page.path)
+    browser.choose("#kind", 1)  # attn_out is made of heads
+    browser.choose("#pair", 2)
+    browser.mouse(*browser.at("relp", 3, 6), click=True)
+    heads = {m.name: nodes_page.scores[m.name, "head"][2, 3, 6] for m in METHODS}
+    rows = browser.run(
+        "return [...document.querySelectorAll('#details .side-by-side > div:first-child tr')].slice(1)"
+        ".map(row => [...row.children].map(cell => cell.textContent))"
+    )
+    strength = np.max([np.abs(x) for x in heads.values()], axis=0)
+    assert [int(row[0].removeprefix("head ")) for row in rows] == np.argsort(-strength).tolist()
+    for name, *numbers in rows:
+        part = int(name.removeprefix("head "))
+        for m, text in zip(METHODS, numbers):
+            assert number(text) == pytest.approx(heads[m.name][part], abs=0.02)
+    assert browser.faults() == ([], [])
+
+
+def test_the_scatter_and_the_maps_are_linked(browser, nodes_page):
+    browser.open(nodes_page.path)
+    x, y = browser.run(
+        "const box = document.querySelector('#scatter').getBoundingClientRect(), cell = cellOf({row: 1, column: 9});"
+        "return [box.x + axes.x(view.scores.ap[cell]), box.y + axes.y(view.drawn.relp[cell])]"
+    )
+    browser.mouse(x, y)
+    row, column = browser.run("return [state.here.row, state.here.column]")
+    near = browser.run(
+        "const cell = cellOf(state.here), there = cellOf({row: 1, column: 9});"
+        "return Math.min(...predictors().map(m => Math.hypot(axes.x(view.scores.ap[cell]) - "
+        "axes.x(view.scores.ap[there]), axes.y(view.drawn[m.name][cell]) - axes.y(view.drawn.relp[there]))))"
+    )
+    assert near < 1.5  # this point, or one that lies on it
+    browser.mouse(x, y, click=True)
+    assert browser.run("return [state.opened.row, state.opened.column]") == [row, column]
+    assert browser.faults() == ([], [])
+
+
+def test_light_and_dark(browser, nodes_page):
+    browser.open(nodes_page.path)
+    background = "return getComputedStyle(document.body).backgroundColor"
+    light, pressed = browser.run(background), "return document.querySelector('#dark').getAttribute('aria-pressed')"
+    assert browser.run(pressed) == "false"
+    browser.click("#dark")
+    dark = browser.run(background)
+    assert browser.run(pressed) == "true" and sum(map(int, re.findall(r"\d+", dark)[:3])) < 100
+    browser.click("#dark")
+    assert browser.run(background) == light
+    browser.click("#how")
+    assert (
+        "1/65534" in browser.text("#help") and browser.run("return document.querySelector('#help').offsetHeight") > 50
+    )
+    assert browser.faults() == ([], [])
+
+
+def test_hostile_prompts_in_a_browser(browser, monkeypatch, tmp_path):
+    inspector.write(tmp_path / "a #?%22 b.html", [hostile_model(monkeypatch)])
+    browser.open(tmp_path / "a #?%22 b.html")
+    for pair in (-1, 0, 1):
+        browser.choose("#pair", pair)
+        assert "</script><b id=evil>" in browser.text("#prompts")
+        browser.mouse(*browser.at("relp", 2, 2), click=True)
+        browser.choose("#list-scope", "everything")
+    assert browser.run("return document.querySelector('#evil')") is None
+    assert browser.run("return document.querySelectorAll('script, style, link, b').length") == 4  # those of the page
+    assert browser.faults() == ([], [])
+
+
+def test_a_run_without_ap(browser, pairs, tmp_path):
+    methods = METHODS[1:]
+    scores, values = made_up(pairs[:3], methods=methods)
+    shown = inspector.of_nodes("toy-gpt2", scores, methods, NODES, pairs[:3], "logit_diff", values)
+    inspector.write(tmp_path / "inspect.html", [shown])
+    browser.open(tmp_path / "inspect.html")
+    browser.mouse(*browser.at("relp", 1, 3), click=True)
+    means = laid_over(scores["relp", "resid_pre"], overlay(pairs[:3])[1])
+    assert browser.shown()[1]["relp"] == [pytest.approx(means[1, 3], abs=2e-3)]
+    assert browser.run("return document.querySelector('#error').disabled") and "strongest" in browser.text(
+        "#list-title"
+    )
+    assert browser.run("return document.querySelector('#scatter-panel').offsetHeight") == 0
+    assert browser.faults() == ([], [])
+
+
+def test_edges_in_a_browser(browser, edges_run):
+    browser.open(edges_run.page)
+    with np.load(edges_run.folder / "edges.npz") as file:
+        of_edges = {m: file[m].astype(float).mean(0) for m in ("ap", "relp")}
+        writers, readers = file["writers"].tolist(), file["readers"].tolist()
+    writer, reader = writers.index("m0"), readers.index("a2.h1<v>")
+    browser.mouse(*browser.at("ap", writer, reader))
+    where, shown = browser.shown()
+    assert where == "m0 → a2.h1<v>, all positions together"
+    expect(shown, of_edges, (writer, reader))
+    browser.mouse(*browser.at("relp", writer, reader), click=True)
+    tables = browser.run(
+        "return Object.fromEntries([...document.querySelectorAll('#details .side-by-side > div')].map(part => "
+        "[part.querySelector('h3').textContent, part.querySelectorAll('tr')[1].children[0].textContent]))"
+    )
+    strongest = readers[np.nanargmax(np.abs(of_edges["ap"][writer]))]
+    assert tables["The strongest edges out of m0"] == f"m0 → {strongest}"
+    into = [i for i, name in enumerate(readers) if name.startswith("a2.h1<")]
+    at = np.unravel_index(np.nanargmax(np.abs(of_edges["ap"][:, into])), (len(writers), 3))
+    assert tables["The strongest edges into a2.h1"] == f"{writers[at[0]]} → {readers[into[at[1]]]}"
+    browser.choose("#kind", 16)
+    assert browser.text("#where").endswith("at END")
+    assert browser.faults() == ([], [])
+
+
+def test_features_in_a_browser(browser, features_page):
+    browser.open(features_page.path)
+    unit = features_page.strongest[0]
+    browser.choose("#kind", ["attn_out", "resid_post"].index(unit["node"]))
+    browser.mouse(*browser.at("relp", unit["layer"], unit["position"]), click=True)
+    words = browser.text("#details")
+    assert f"feature {unit['unit']}" in words and unit["fires_most_on"][0][0] in words
+    assert browser.faults() == ([], [])
