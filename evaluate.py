@@ -5,10 +5,10 @@ python evaluate.py --model gpt2        the real GPT-2 small, from the Hugging Fa
 python evaluate.py --task sva          circuits of SAE features (Section 5.2, Figure 3) on the toy GPT-NeoX model
 python evaluate.py --task edges        what the paper does not have: edges between components, see beyond/edges
 
-Read evaluate_nodes() for the first two, evaluate_circuits() for the third. The methods: activation patching (AP, the
-truth), attribution patching (AtP), relevance patching (RelP), Integrated Gradients (IG). The tasks: indirect objects
-(IOI) and subject-verb agreement (SVA), on prompt pairs of tasks.py. How well a method predicts AP is Pearson's
-correlation (PCC) of their scores.
+Read evaluate_nodes() for the first two, evaluate_circuits() for the third, evaluate_edges() for the last. The methods:
+activation patching (AP, the truth), attribution patching (AtP), relevance patching (RelP), Integrated Gradients (IG).
+The tasks: indirect objects (IOI) and subject-verb agreement (SVA), on prompt pairs of tasks.py. How well a method
+predicts AP is Pearson's correlation (PCC) of their scores.
 """
 
 import argparse
@@ -142,16 +142,18 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device, shown: lis
     if AP in methods:
         pcc, differences = statistics.agreements(scored.scores, scored.differs, o.nodes, others, weights, groups)
     original, patch, answers = tensors([pairs[i] for i in next(batches(pairs, 4))], device)
-    rounding = scoring.rounding(model, original, relp.targets(model, patch, answers, metric), metric)
+    with torch.no_grad():
+        answers = relp.targets(model, model.stream(patch), answers, metric)
+    rounding = scoring.rounding(model, original, answers, metric)
     drowned = scoring.drowned({node: scored.scores[methods[0].name, node] for node in o.nodes}, rounding)
     values = torch.tensor(scored.values)
-    right, values = scoring.right(model, pairs, values, metric, device).unbind(1), values.unbind(1)
+    right = scoring.right(model, pairs, values, metric, device)
     report = results.NodeReport(
         model=name,
         prompt_pairs=len(pairs),
         metric=o.metric,
-        accuracy={run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), right)},
-        value={run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), values)},
+        accuracy={run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), right.unbind(1))},
+        value={run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), values.unbind(1))},
         cells={node: count_cells(scored.differs[node]) for node in o.nodes},
         pcc=pcc,
         differences=differences,
@@ -239,7 +241,8 @@ def audit_methods(model, methods: list[Method], pairs: list[tasks.Pair], metric,
     # conservation is not defined for rules that look at two runs, and not for weights that are shared out
     if lrp is None or hasattr(lrp, "two_runs") or processes.world() > 1:
         return reports, None
-    answers = relp.targets(model, patch, answers, metric)
+    with torch.no_grad():
+        answers = relp.targets(model, model.stream(patch), answers, metric)
     return reports, conservation.conservation(model, original, answers, metric, lrp)
 
 
@@ -500,15 +503,15 @@ def evaluate_edges(name: str, o: "EdgeOptions", device: torch.device, shown: lis
 
 def edge_pairs(name: str, model: models.Transformer, o: "EdgeOptions") -> tuple[list, list, str]:
     """Pairs to score and find circuits on, pairs to judge circuits by, and these in words."""
-    n = o.pairs or (None if o.prompts else 100)
-    wanted = replace(o, pairs=n if o.prompts or o.judge else n + o.held_out)
-    pairs = node_pairs(name, model, wanted)
-    if o.judge:
-        judged = node_pairs(name, model, replace(o, prompts=o.judge, pairs=None))
-        return pairs, judged, f"{len(judged)} pairs of {o.judge}"
-    if o.prompts:
+    if not o.prompts and not o.judge:
+        n = o.pairs or 100
+        pairs = node_pairs(name, model, replace(o, pairs=n + o.held_out))
+        return pairs[:n], pairs[n:], f"{o.held_out} held-out pair{'s' * (o.held_out > 1)}"
+    pairs = node_pairs(name, model, o if o.prompts else replace(o, pairs=o.pairs or 100))
+    if not o.judge:
         return pairs, pairs, "the same pairs"
-    return pairs[:n], pairs[n:], f"{o.held_out} held-out pairs"
+    judged = node_pairs(name, model, replace(o, prompts=o.judge, pairs=None))
+    return pairs, judged, f"{len(judged)} pair{'s' * (len(judged) > 1)} of {o.judge}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -597,7 +600,7 @@ class NodeOptions(Options):
         partial(one_name, "corruption", tasks.CORRUPTIONS),
     )
     grid: bool = option(False, None, "every subset of the rules, and how well each predicts AP")
-    verify: int | None = option(None, "K", "AP of only the K nodes, heads and neurons, or edges ranked highest", whole)
+    verify: int | None = option(None, "K", "AP of the K highest-ranked nodes, heads and neurons too, or edges", whole)
     shard: bool = option(False, None, "under torchrun: share the weights out over the processes as well")
 
     def __post_init__(self):
@@ -678,7 +681,7 @@ class EdgeOptions(Options):
         if self.verify:
             self.methods = [name for name in self.methods if name != "ap"]
         if self.methods in ([], ["ap"]):
-            raise ValueError("--task edges needs a method beside ap, such as --methods ap,relp")
+            raise ValueError("--task edges needs a method besides ap, such as --methods ap,relp")
         self.refuse("atp*", "ig")
 
 
@@ -795,6 +798,7 @@ def compare_models(reports: list[results.NodeReport], o: NodeOptions) -> None:
 
 
 def compare_edges(summaries: list[dict], o: EdgeOptions) -> None:
+    """A line per model: how well the methods agree with exact patching, and their circuits."""
     labels = {m: method(m, rules=o.rules).label for m in o.methods}
     edge_tables.print_overview(summaries, labels | {"random": "random"})
 

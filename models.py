@@ -863,18 +863,34 @@ def from_pretrained(
 
 
 def from_transformers(hf_model: nn.Module) -> Transformer:
-    """The same model as one of Hugging Face transformers' that is in memory: its weights are copied, no file is read.
+    """Our copy of a model of Hugging Face transformers that is in memory. No file is read.
 
-    ValueError as from_pretrained, for a family that is not ours and for weights that do not fit the configuration.
+    It has that model's weights, and the dtype and device of its first one. ValueError as from_pretrained: for a family
+    that is not ours, and for weights that do not fit the configuration or are no ordinary floating-point numbers.
     """
+    if not hasattr(hf_model, "config") or not isinstance(hf_model, nn.Module):
+        raise ValueError(f"a model of transformers is needed, got {quote(hf_model)}: from_pretrained takes a name")
     tensors, source = hf_model.state_dict(), Path("in memory", "weights")
+    if wrong := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise ValueError(f"{wrong[0]} is not in memory")
     with torch.device("meta"):
         model = Transformer(Config.from_hf(hf_model.config.to_dict()))
     if model.config.family == "gpt_neox" and "lm_head.weight" in tensors:  # so called in memory, embed_out in files
         tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
+    if model.config.tied:
+        head, embedding = hf_model.get_output_embeddings(), hf_model.get_input_embeddings()
+        if head is not None and not torch.equal(head.weight, embedding.weight):
+            raise ValueError("the configuration ties the unembedding to the embedding, but their weights differ")
     matched = match(model, {source: {name: list(tensor.shape) for name, tensor in tensors.items()}})
     some = next(hf_model.parameters())
-    load_weights(model, matched, some.dtype, some.device, lambda _, names: ((n, tensors[n]) for n in names))
+
+    def read(_, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            if not is_ordinary(tensors[name]):
+                raise ValueError(f"{name} is no tensor of ordinary floating-point numbers")
+            yield name, tensors[name]
+
+    load_weights(model, matched, some.dtype, some.device, read)
     return model.requires_grad_(False).eval()
 
 
@@ -928,7 +944,10 @@ def match(model: Transformer, shapes: Shapes) -> dict[Path, dict[str, tuple[list
 def load_weights(
     model: Transformer, matched: dict, dtype: torch.dtype, device: str | torch.device, read: Callable | None = None
 ) -> None:
-    """Fill a model on the meta device, tensor by tensor, from the files of match(); read: instead of read_tensors."""
+    """Fill a model on the meta device, tensor by tensor, from the files of match().
+
+    read(file, names) yields (name, tensor); the default is read_tensors().
+    """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     ours, values = dict(model.named_parameters()), {}

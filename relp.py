@@ -87,11 +87,14 @@ def logprob_diff(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 def kl(logits: Tensor, answers: Tensor) -> Tensor:
-    """KL divergence of the whole next-token distribution from the patch run's: KL(patch run || this run), in nats.
+    """KL(patch run || this run) of the whole next-token distributions, in nats: how far this run is from the patch run.
 
-    In the place of answers it takes the patch run's logits [batch, vocab], which targets() gives it. It is 0 in the
-    patch run; so here too, a node that carries the original answer has a negative score.
+    answers are here the patch run's logits [batch, vocab]: targets() makes them, and the answers that are given to
+    attribute() and the like do not matter. In the patch run KL is 0. So here too, a node that carries the original
+    answer has a negative score.
     """
+    if not answers.is_floating_point():
+        raise ValueError("kl needs the patch run's logits in the place of answers: see targets()")
     log_p, log_q = answers.log_softmax(-1), logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -99,17 +102,19 @@ def kl(logits: Tensor, answers: Tensor) -> Tensor:
 METRICS = {"logit_diff": logit_diff, "prob_diff": prob_diff, "logprob_diff": logprob_diff, "kl": kl}
 
 
-def targets(model, patch: Tensor, answers: Tensor, metric) -> Tensor:
-    """What the metric compares the logits with: the answers, or for kl the patch run's logits."""
-    if METRICS.get(metric, metric) is not kl:
-        return answers
-    with torch.no_grad():
-        return model.unembed(model.stream(patch)[:, -1])
+def metric_of(metric: str | Callable) -> Callable:
+    return METRICS[metric] if isinstance(metric, str) else metric
+
+
+@torch.no_grad()
+def targets(model, patch_stream: Tensor, answers: Tensor, metric) -> Tensor:
+    """What the metric compares logits with: the answers; for kl the patch run's logits, from its final stream."""
+    return model.unembed(patch_stream[:, -1]) if metric_of(metric) is kl else answers
 
 
 def read_out(model, stream: Tensor, answers: Tensor, metric=logit_diff, lrp=False) -> Tensor:
     """The metric [batch] at the last position of the final residual stream [batch, pos, d_model]."""
-    columns, metric = None, METRICS.get(metric, metric)
+    columns, metric = None, metric_of(metric)
     if metric is logit_diff:  # it needs the answers' logits only
         columns, answers = answers.unique(return_inverse=True)
     logits = model.unembed(stream[:, -1], lrp, columns)
@@ -202,8 +207,8 @@ def patch_one_by_one(
     Arguments and result as in attribute(). activation_patching() gives the same numbers, up to rounding, much faster.
     """
     check(model, original, patch, answers, nodes, metric)
-    answers = targets(model, patch, answers, metric)
-    _, patch_acts = record(model, patch, nodes)
+    patch_stream, patch_acts = record(model, patch, nodes)
+    answers = targets(model, patch_stream, answers, metric)
 
     def patched(key=None, place=None):
         """The metric of the original run, with the patch run's values of the activation `key` at the index `place`."""
@@ -275,11 +280,12 @@ def propagate(
     """
     if steps is not None and lrp is not False:
         raise ValueError("Integrated Gradients averages plain gradients: give steps or lrp, not both")
-    nodes, answers = {name for name, _ in keys}, targets(model, patch, answers, metric)
+    nodes = {name for name, _ in keys}
     patch_lrp = False
     if hasattr(lrp, "two_runs"):
         patch_lrp, lrp = lrp.two_runs()
     patch_stream, patch_acts = record(model, patch, nodes, patch_lrp)
+    answers = targets(model, patch_stream, answers, metric)
     if patch_lrp is not False:
         with torch.no_grad():
             read_out(model, patch_stream, answers, metric, patch_lrp)  # for what the rules note in unembed()
@@ -297,8 +303,9 @@ def attribute(
     """AtP (lrp=False, Eq. 2), RelP (lrp=True: the paper's rules, or a set of rules; Eq. 3), or IG (steps=10, say).
 
     original, patch [batch, pos] and answers [batch, 2] are token ids, nodes a list of names of nodes or of their parts
-    (PARTS_OF). Returns {name: [batch, layer, pos]}, for parts [batch, layer, pos, part], in float32 or better and in
-    the metric's unit. AtP and RelP are two forward passes and one backward pass, without a gradient of any weight.
+    (PARTS_OF), metric a function or a name of METRICS. Returns {name: [batch, layer, pos]}, for parts [batch, layer,
+    pos, part], in float32 or better and in the metric's unit. AtP and RelP are two forward passes and one backward
+    pass, without a gradient of any weight.
     ValueError if the arguments do not fit.
     """
     check(model, original, patch, answers, nodes, metric)
@@ -377,7 +384,7 @@ class OriginalRun:
 
     model: object
     answers: Tensor
-    metric: Callable
+    metric: str | Callable
     value: Tensor  # the metric [batch]
     acts: dict[Key, Tensor]
     n_layers: int
@@ -390,7 +397,7 @@ class Edit:
 
     cells   bool [batch, pos, part]
     new     new(prompts [n], pos, parts [n]) -> [n, 1, ...]: the node's activation at position pos in n edited runs
-    to_end  new() returns it at all positions from pos on, and these are edited together
+    to_end  True: new() returns it at all positions from pos on, [n, n_pos - pos, ...], and one run edits them together
     """
 
     node: str
@@ -434,8 +441,8 @@ def activation_patching(
     if not hasattr(model, "block"):
         scores = patch_one_by_one(model, original, patch, answers, nodes, metric)
         return scores if cells is None else {name: scores[name].where(cells[name], 0) for name in nodes}
-    run = record_original(model, original, targets(model, patch, answers, metric), nodes, metric)
-    _, patch_acts = record(model, patch, nodes)
+    patch_stream, patch_acts = record(model, patch, nodes)
+    run = record_original(model, original, targets(model, patch_stream, answers, metric), nodes, metric)
 
     def edit(name, layer):
         key = node_of(name), layer
@@ -471,8 +478,8 @@ def patch_features(
     """
     nodes = {name for name, _ in saes}
     check(model, original, patch, answers, nodes, metric, keys=saes)
-    run = record_original(model, original, targets(model, patch, answers, metric), nodes, metric)
-    _, patch_acts = record(model, patch, nodes)
+    patch_stream, patch_acts = record(model, patch, nodes)
+    run = record_original(model, original, targets(model, patch_stream, answers, metric), nodes, metric)
 
     def edit(key, sae):
         x, x_original, x_patch = run.acts[key], run.acts[key].flatten(2), patch_acts[key].flatten(2)
@@ -563,7 +570,7 @@ def effects(
 def to_run(run: OriginalRun, edit: Edit, pos: int, lockstep: bool) -> Tensor:
     """Which of an edit's cells at one position need a run: bool [batch, part]."""
     # The last position is read out, and another one reaches it through attention only: in the last layer by an edit of
-    # k, of v, or of resid_pre, which enters this layer. An edit up to the end reaches it by itself.
+    # k, of v, or of resid_pre, which enters this layer. An edit with to_end contains it.
     reaches = edit.to_end or edit.node in ("k", "v")
     matters = edit.entry < run.n_layers or pos == run.n_pos - 1 or reaches
     return (edit.cells[:, pos] | lockstep) & matters
@@ -609,18 +616,22 @@ def run_jobs(run: OriginalRun, edits: list[Edit], jobs: Tensor, pos: int) -> Ten
 
 
 def edited_stream(run: OriginalRun, edit: Edit, pos: int, prompts: Tensor, parts: Tensor) -> Tensor:
-    """The streams of edited runs before the layer that they enter: [n, positions from pos on, d_model]."""
+    """The streams of edited runs before the layer that they enter: [n, positions from pos on, d_model].
+
+    After the last layer it is the last position only, which is all that counts there.
+    """
     new, stream = edit.new(prompts, pos, parts), run.acts["resid_pre", edit.layer][prompts, pos:]
-    n, later = new.shape[1], run.acts["resid_pre", edit.entry][prompts, pos:]  # n positions are edited
+    edited = new.shape[1]  # positions
+    assert edited == (run.n_pos - pos if edit.to_end else 1)
+    last = edit.entry == run.n_layers
     if edit.node in ("k", "v"):  # a key or value changes all later positions of its layer
-        last = edit.entry == run.n_layers
         x = resume(run, edit.layer, stream, prompts, pos, last=last, node=edit.node, new=new)
     elif edit.node == "resid_pre":
-        x = torch.cat([new, later[:, n:]], dim=1)
-    else:  # others change their own position only
-        own = resume(run, edit.layer, stream[:, :n], prompts, pos, node=edit.node, new=new)
-        x = torch.cat([own, later[:, n:]], dim=1)
-    return x[:, -1:] if edit.entry == run.n_layers else x  # after the last layer, only the last position counts
+        x = torch.cat([new, stream[:, edited:]], dim=1)
+    else:  # others change their own positions only
+        own = resume(run, edit.layer, stream[:, :edited], prompts, pos, node=edit.node, new=new)
+        x = torch.cat([own, run.acts["resid_pre", edit.entry][prompts, pos + edited :]], dim=1)
+    return x[:, -1:] if last else x
 
 
 def resume(
@@ -628,7 +639,7 @@ def resume(
 ) -> Tensor:
     """One block on the streams x [n, positions from pos on, d_model], which are runs of these prompts.
 
-    If a node of this layer is named, its activation is `new` [n, 1 or more, ...] at the positions from pos on.
+    If a node of this layer is named, its activation at the m positions from pos on is `new` [n, m, ...].
     """
 
     def hook(name, _, y):
@@ -723,9 +734,9 @@ def compare(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The metric [batch] of the original and of the patch run; {node: [batch, layer, pos]}, True where they differ."""
     check(model, original, patch, answers, nodes, metric)
-    answers = targets(model, patch, answers, metric)
     stream, acts = record(model, original, nodes)
     patch_stream, patch_acts = record(model, patch, nodes)
+    answers = targets(model, patch_stream, answers, metric)
     value, patch_value = (read_out(model, x, answers, metric) for x in (stream, patch_stream))
     return value, patch_value, by_layer(model, nodes, lambda name, key: changed(acts[key], patch_acts[key], name))
 

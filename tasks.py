@@ -20,7 +20,7 @@ class Tokenizer(Protocol):
     """What a tokenizer must offer here."""
 
     bos_id: int | None
-    n_vocab: int  # to read files only
+    n_vocab: int  # for pairs that are not from the templates
 
     def encode(self, text: str) -> list[int]: ...  # never adds a BOS
 
@@ -41,7 +41,7 @@ class Pair:
     group: str  # pairs of one group have the same length and, if not from a file, the same roles
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """original [1, pos], patch [1, pos] and answers [1, 2]."""
+        """original [1, pos], patch [1, pos] and answers [1, 2], on the CPU."""
         return (torch.tensor([ids]) for ids in (self.original, self.patch, self.answers))
 
 
@@ -353,7 +353,7 @@ def split(pairs: list[Pair], n: int, n_held_out: int, seed: int = 0) -> tuple[li
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pairs from a file
+# Pairs from a file, or from strings
 
 # Fields of a line: our name, and the name in the feature-circuits data (their "clean" is our original).
 FIELDS = {
@@ -380,7 +380,7 @@ def quote(value: object, most: int = 300) -> str:
 
 
 class Unaligned(ValueError):
-    """A line whose prompts have unequal length, or whose answer is not one token, in this tokenizer."""
+    """A pair whose prompts have unequal length, or whose answer is not one token, in this tokenizer."""
 
 
 def token_ids(name: str, value: object, tokenizer: Tokenizer | None, n_vocab: int | None) -> list[int]:
@@ -430,9 +430,12 @@ def pair(
 ) -> Pair:
     """A pair of two strings and their answers, each one token and usually with its leading space.
 
-    The roles are the original's tokens. bos: begin both prompts with the tokenizer's BOS token. ValueError if the two
-    prompts do not have equally many tokens, or are equal, or if an answer is not one token: it names the tokens.
+    tokenizer: one of support.tokenizer.load_tokenizer. The roles are the original's tokens. bos: begin both prompts
+    with the tokenizer's BOS token. ValueError, which shows the tokens, if the two prompts do not have equally many or
+    are equal, if an answer is not one token, or if the answers are equal.
     """
+    if not hasattr(tokenizer, "n_vocab"):
+        raise ValueError(f"a tokenizer of support.tokenizer.load_tokenizer is needed, got {type(tokenizer).__name__}")
     values = dict(zip(FIELDS, (original, patch, original_answer, patch_answer)))
     return make_pair(values, tokenizer, bos, tokenizer.n_vocab)
 

@@ -75,7 +75,7 @@ def heatmap(scores: dict, labels: list[str], title: str = "") -> Figure:
     if wrong := [node for node, values in maps.items() if values.ndim != 2 or values.shape[1] != len(labels)]:
         shape = list(scores[wrong[0]].shape)
         raise ValueError(f"scores of {wrong[0]} must be [batch, layer, {len(labels)} labelled positions], got {shape}")
-    largest = max((np.abs(values).max() for values in maps.values()), default=0) or 1.0
+    largest = max(np.abs(values).max() for values in maps.values()) or 1.0
     n_layers = max(len(values) for values in maps.values())
     size = 1.5 + len(maps) * (1.2 + 0.24 * len(labels)), 1.6 + 0.2 * n_layers
     figure = Figure(figsize=size, layout="constrained")

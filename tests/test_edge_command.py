@@ -580,7 +580,7 @@ def test_columns_do_not_touch(edges, tiny):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--methods", "ap"], ["method beside ap"]),
+    (["--methods", "ap"], ["method besides ap"]),
     (["--methods", "relp,atp*"], ["atp*", "--task edges"]),
     (["--methods", "ig"], ["ig", "--task edges"]),
     (["--methods", "eap-ig-0"], ["eap-ig-0"]),

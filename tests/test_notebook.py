@@ -1,5 +1,7 @@
 """What a researcher writes in a notebook: pairs from strings, metrics by name, a model in memory, pictures, the top."""
 
+from dataclasses import dataclass
+
 import matplotlib
 import pytest
 import torch
@@ -10,6 +12,7 @@ import models
 import relp
 import tasks
 from support import figures, tables
+from support.circuits import Counted
 from support.progress import progress_bar
 from support.tokenizer import load_tokenizer
 
@@ -58,6 +61,7 @@ def test_a_pair_of_strings_goes_into_relp_as_it_is(toy):
     (("Then Mary", "Then John", " John", " John"), ["patch_answer must differ"]),
     (("", "", " John", " Mary"), ["original is empty"]),
     ((3, "Then", " John", " Mary"), ["original and patch must be both strings"]),
+    ((None, None, " John", " Mary"), ["original must be a string or token ids"]),
 ])  # fmt: skip
 def test_a_pair_that_cannot_be_is_refused_with_its_tokens(toy, texts, words):
     with pytest.raises(ValueError) as error:
@@ -112,6 +116,29 @@ def test_kl_is_between_the_whole_distributions_of_the_patch_run_and_this_one(loa
     torch.testing.assert_close(relp.attribute(model, *pair, [node], "kl")[node][:, layer], wanted, rtol=0, atol=1e-10)
 
 
+def test_kl_costs_no_pass_and_is_0_in_the_patch_run(load, pair):
+    model = load("gemma2")
+    for function in (relp.attribute, relp.compare, relp.activation_patching):
+        passes = []
+        for metric in ("kl", "prob_diff"):
+            counted = Counted(model)
+            function(counted, *pair, ["pattern"], metric)
+            passes.append(counted.forward)
+        assert passes == [2, 2]
+    _, patch_value, _ = relp.compare(model, *pair, ["pattern"], "kl")
+    assert not patch_value.any()
+    with pytest.raises(ValueError, match="kl needs the patch run's logits"):
+        relp.coefficients(model, pair[0], pair[2], ["mlp_out"], relp.kl)
+
+    @dataclass  # which has no hash
+    class Own:
+        def __call__(self, logits, answers):
+            return 2 * relp.logit_diff(logits, answers)
+
+    mine, theirs = (relp.attribute(model, *pair, ["mlp_out"], metric)["mlp_out"] for metric in (Own(), "logit_diff"))
+    torch.testing.assert_close(mine, 2 * theirs)
+
+
 def test_kl_on_the_command_line(run, tiny, tmp_path):  # noqa: F811
     prompts = tmp_path / "ids.jsonl"
     prompts.write_text('{"original": [5, 6, 7], "patch": [5, 9, 7], "original_answer": 4, "patch_answer": 8}\n')
@@ -143,6 +170,23 @@ def test_a_model_in_memory_keeps_its_dtype_and_its_own_weights():
     with torch.no_grad():
         hf.get_input_embeddings().weight.zero_()
     assert torch.equal(ours.embed_tokens.weight, before)
+
+
+def test_a_model_in_memory_that_would_not_be_the_same_is_refused():
+    hf = hf_model("gpt2")
+    hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight + 1)
+    with pytest.raises(ValueError, match="ties the unembedding"):
+        models.from_transformers(hf)
+    hf = hf_model("llama")
+    hf.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+        torch.ones(48, 32, dtype=torch.int8), requires_grad=False
+    )
+    with pytest.raises(ValueError, match="up_proj.weight is no tensor of ordinary"):
+        models.from_transformers(hf)
+    with pytest.raises(ValueError, match="is not in memory"):
+        models.from_transformers(hf_model("llama").to("meta"))
+    with pytest.raises(ValueError, match="got 'gpt2': from_pretrained takes a name"):
+        models.from_transformers("gpt2")
 
 
 def test_a_model_in_memory_that_is_not_ours_is_refused():

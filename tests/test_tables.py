@@ -53,7 +53,7 @@ def test_a_process_writes_nothing_but_its_tables(tiny, tmp_path):
     run = start(*given, "--out", tmp_path / "out")
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
     assert run.stderr.startswith("evaluate.py: error:") and "nowhere" in run.stderr
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"gpt2-ioi", "gemma2-ioi", "pcc.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"gpt2-ioi", "gemma2-ioi", "pcc.png", "inspect.html"}
     assert "Traceback" not in run.stdout and "\r" not in run.stdout
 
 

@@ -81,9 +81,10 @@ class Circuits:
     @torch.no_grad()
     def __init__(self, model: Transformer, original: Tensor, patch: Tensor, answers: Tensor, metric=relp.logit_diff):
         self.model, self.graph, self.metric = model, Graph.of(model.config), metric
-        self.original, self.answers = original, relp.targets(model, patch, answers, metric)
+        self.original = original
         nodes = {"resid_pre", "resid_mid", "resid_post", "z", "mlp_out"} & {*model.nodes}
-        _, acts = relp.record(model, patch, nodes)
+        stream, acts = relp.record(model, patch, nodes)
+        self.answers = relp.targets(model, stream, answers, metric)
         graph = self.graph
         self.streams = {place: upcast(acts[stream_of(graph, *place)]) for place in graph.places}
         self.parts = contributions(model, acts)  # [w, b, t, d_model]

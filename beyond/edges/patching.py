@@ -40,8 +40,9 @@ def patch_edges(
     model = ungrouped(model)
     graph, nodes = Graph.of(model.config), {*KINDS, "z", "mlp_out", "resid_mid", "resid_post"} & {*model.nodes}
     relp.check(model, original, patch, answers, nodes, metric)
-    run = relp.record_original(model, original, relp.targets(model, patch, answers, metric), nodes, metric)
-    _, patch_acts = relp.record(model, patch, {*nodes, "resid_pre"})
+    patch_stream, patch_acts = relp.record(model, patch, {*nodes, "resid_pre"})
+    answers = relp.targets(model, patch_stream, answers, metric)
+    run = relp.record_original(model, original, answers, nodes, metric)
     change = changes(model, run.acts, patch_acts)  # [w, b, t, d_model]
     differs = (change != 0).any(-1)
     if not by_position:  # one run for all positions: it starts at the first that differs

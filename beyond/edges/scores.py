@@ -59,8 +59,9 @@ def attribute_edges(
         raise ValueError(f"steps must be a whole number from 1 on, got {steps!r}")
     if lrp is not False:
         raise ValueError("EAP-IG averages plain gradients: give steps or lrp, not both")
-    answers = relp.targets(model, patch, answers, metric)
-    acts, patch_acts = (relp.record(model, tokens, nodes)[1] for tokens in (original, patch))
+    _, acts = relp.record(model, original, nodes)
+    patch_stream, patch_acts = relp.record(model, patch, nodes)
+    answers = relp.targets(model, patch_stream, answers, metric)
     products, total = Products(model, acts, patch_acts, lrp), 0
     for k in range(1, steps + 1):
         embedding = torch.lerp(patch_acts["resid_pre", 0], acts["resid_pre", 0], k / steps)
