@@ -115,7 +115,8 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device, shown: lis
     )
     metric, groups = relp.METRICS[o.metric], [pair.group for pair in pairs]
     methods = [method(m, model.config.family, o.rules, o.steps) for m in o.methods]
-    audits, conserved = audit_methods(model, methods, pairs, metric, device)
+    audits = audit_methods(model, methods, pairs, device)
+    conserved = conserved_by(model, methods, pairs, metric, device)
 
     # the scores; what an earlier run on the same pairs has left is not computed again, or not lost
     folder = results.folder_of(o.out, name, o.prompts, o.task, list(TASKS))
@@ -233,17 +234,24 @@ def node_pairs(name: str, model: models.Transformer, o: "NodeOptions") -> list[t
     return tasks.ioi(tokenizer, o.pairs, o.seed, o.corruption, not o.no_bos)
 
 
-def audit_methods(model, methods: list[Method], pairs: list[tasks.Pair], metric, device) -> tuple[dict, dict | None]:
-    """The audit's report on each method that has rules, and RelP's conservation, on up to four pairs of one length."""
-    original, patch, answers = tensors([pairs[i] for i in next(batches(pairs, 4))], device)
-    reports = {m.name: audit(model, original, m.lrp, patch) for m in methods if m.lrp is not None}
+def audit_methods(model, methods: list[Method], pairs: list[tasks.Pair], device: torch.device) -> dict:
+    """The audit's report on each method that has rules, on up to four pairs of one length."""
+    original, patch, _ = tensors([pairs[i] for i in next(batches(pairs, 4))], device)
+    return {m.name: audit(model, original, m.lrp, patch) for m in methods if m.lrp is not None}
+
+
+def conserved_by(model, methods: list[Method], pairs: list[tasks.Pair], metric, device) -> dict | None:
+    """RelP's conservation on up to four pairs of one length.
+
+    None if it is not defined: for rules that look at two runs, and for weights that are shared out.
+    """
     lrp = next((m.lrp for m in methods if m.name == "relp"), None)
-    # conservation is not defined for rules that look at two runs, and not for weights that are shared out
     if lrp is None or hasattr(lrp, "two_runs") or processes.world() > 1:
-        return reports, None
+        return None
+    original, patch, answers = tensors([pairs[i] for i in next(batches(pairs, 4))], device)
     with torch.no_grad():
         answers = relp.targets(model, model.stream(patch), answers, metric)
-    return reports, conservation.conservation(model, original, answers, metric, lrp)
+    return conservation.conservation(model, original, answers, metric, lrp)
 
 
 def in_order(methods: list[Method]) -> list[Method]:
@@ -283,10 +291,9 @@ def evaluate_circuits(name: str, o: "CircuitOptions", device: torch.device, show
         f"\n{name}: {len(saes)} SAEs of {max(len(sae.W_dec) for sae in saes.values())} features, {o.pairs} discovery "
         f"and {o.held_out} held-out pairs, {o.dtype} on {device}, ready after {time.perf_counter() - began:.1f} s"
     )
-    metric = relp.METRICS[o.metric]
     methods = [method(m, model.config.family, o.rules, o.steps) for m in o.methods]
     labels = {m.name: m.label for m in methods}
-    audits, _ = audit_methods(model, methods, next(iter(pairs.values()))[0], metric, device)
+    audits = audit_methods(model, methods, next(iter(pairs.values()))[0], device)
 
     # circuits of each structure
     folder, structures = results.folder_of(o.out, name, o.prompts, o.task, list(TASKS)), {}
@@ -482,7 +489,7 @@ def evaluate_edges(name: str, o: "EdgeOptions", device: torch.device, shown: lis
         f"and {judged_on} to judge them, {o.dtype} on {device}, ready after {time.perf_counter() - began:.1f} s"
     )
     methods, metric = [method(m, model.config.family, o.rules) for m in o.methods], relp.METRICS[o.metric]
-    audits, _ = audit_methods(model, methods, pairs, metric, device)
+    audits = audit_methods(model, methods, pairs, device)
     setting = edges.Setting(
         name=name,
         model=model,

@@ -26,7 +26,7 @@ def patch_edges(
     original: Tensor,
     patch: Tensor,
     answers: Tensor,
-    metric: Callable = relp.logit_diff,
+    metric: str | Callable = relp.logit_diff,
     by_position: bool = False,
     only: Tensor | None = None,
     rows: int = 32,

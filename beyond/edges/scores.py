@@ -35,7 +35,7 @@ def attribute_edges(
     original: Tensor,
     patch: Tensor,
     answers: Tensor,
-    metric: Callable = relp.logit_diff,
+    metric: str | Callable = relp.logit_diff,
     lrp: bool | Rules = False,
     steps: int | None = None,
     by_position: bool = False,
