@@ -27,6 +27,9 @@ def load_tokenizer(name: str) -> "Tokenizer":
 
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# SmolLM2 first cuts out each digit. A run of spaces then ends at a digit as at the end of the text.
+DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
+WHITE = r"[^\S\x1c-\x1f]*"  # what lstrip and rstrip take; Python's \s has these four control characters too
 WELL_KNOWN_BOS = ("<|begin_of_text|>", "<|endoftext|>", "<bos>", "<s>")
 
 # Byte-level vocabularies spell every byte as one visible character: itself if it is one, else the next unused one
@@ -47,13 +50,16 @@ class Tokenizer:
 
     Reads the two kinds of byte-pair encoding (BPE) that the model families here come with:
 
-    - byte-level (GPT-2, GPT-NeoX, Llama 3, Qwen2): a pattern splits the text, and each piece starts as its bytes;
-    - SentencePiece-style (Gemma, Llama 1 and 2): the text stays whole, with "▁" for " ", and starts as its
-      characters; one that is not in the vocabulary is given as its bytes, spelled like "<0xE2>" ("byte fallback").
+    - byte-level (GPT-2, GPT-NeoX, Llama 3, Qwen2 to 3, OLMo 2 and 3, SmolLM2, Mistral Nemo and Small): a pattern
+      splits the text, and each piece starts as its bytes;
+    - SentencePiece-style (Gemma, Llama 1 and 2, Mistral 7B, Phi-3): the text stays whole, with "▁" for " ", and starts
+      as its characters; one that is not in the vocabulary is given as its bytes, spelled like "<0xE2>" ("byte
+      fallback"). Most of these put one more "▁" in front.
 
     The ids are those of the `tokenizers` package with `add_special_tokens=False`. One difference is left: it ranks
     the pair of tokens to be merged, tiktoken the bytes of the result. They agree where the merges leave each token
-    only one way to come about, as BPE training does, or where the file lists all ways, as Gemma and Llama 3 do.
+    only one way to come about, as BPE training does, or where the file lists all ways, as Gemma, Llama, Mistral
+    and Phi-3 do.
 
     bos_id: id of the BOS token, or else of the EOS token, or else None. n_vocab: 1 + the largest id.
     """
@@ -68,7 +74,7 @@ class Tokenizer:
         if kind != "BPE" or "merges" not in model or odd:
             raise ValueError(f"model {kind} is not supported: only BPE is, with merges, no dropout, prefix or suffix")
         self.normalize = normalizer(spec.get("normalizer"))
-        pattern, byte_level, self.prefix_space = splitter(spec.get("pre_tokenizer"), model.get("byte_fallback"))
+        pattern, byte_level, self.mark_spaces = splitter(spec.get("pre_tokenizer"), model.get("byte_fallback"))
         pieces = ranked_pieces(model, byte_level, skip={t["content"] for t in added})
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
         self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
@@ -133,13 +139,16 @@ class Tokenizer:
                 ids.append(self.id_of_added(part))
                 continue
             for j, piece in enumerate(self.cut_normalized.split(self.normalize(part))):
-                ids += [self.id_of_added(piece)] if j % 2 else self.merge(piece)
+                if j % 2:
+                    ids.append(self.id_of_added(piece))
+                elif piece:
+                    ids += self.merge(self.mark_spaces(piece, i == j == 0))
         return ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, for people to read: "�" for a part of a character or an id without a token.
 
-        Nothing is tidied away: what Llama 2's normalizer puts in front is shown as the space that it stands for.
+        Nothing is tidied away: what Llama 2 puts in front of a text is shown as the space that it stands for.
         """
         text = b"".join(self.bytes_of_id.get(i, b"\xff") for i in ids).decode("utf-8", errors="replace")
         return text.replace(self.space, " ")
@@ -148,8 +157,6 @@ class Tokenizer:
         return self.added_id[found if found in self.added_id else found.strip()]  # strip: see lstrip, rstrip below
 
     def merge(self, text: str) -> list[int]:
-        if self.prefix_space and text and not text.startswith(" "):
-            text = " " + text
         ranks = self.ranks_of(text)
         ids = [i for rank in ranks for i in self.ids_of_rank[rank]]
         if len(ids) < len(ranks):
@@ -182,28 +189,61 @@ def normalizer(spec: dict | None) -> Callable[[str], str]:
     )
 
 
-def splitter(spec: dict | None, byte_fallback: bool) -> tuple[str, bool, bool]:
-    """The (regular expression of a piece, is it byte-level?, put a space in front?) of a "pre_tokenizer"."""
-    whole = r"[\s\S]+"
+def splitter(spec: dict | None, byte_fallback: bool) -> tuple[str, bool, Callable[[str, bool], str]]:
+    """The (regular expression of a piece, is it byte-level?, what to do with the spaces) of a "pre_tokenizer"."""
+    whole, as_it_is = r"[\s\S]+", spaces(" ", "never")
     match spec:
         case {"type": "ByteLevel"}:
-            return GPT2_PATTERN if spec.get("use_regex", True) else whole, True, spec.get("add_prefix_space", False)
+            scheme = "always" if spec.get("add_prefix_space", False) else "never"
+            return GPT2_PATTERN if spec.get("use_regex", True) else whole, True, spaces(" ", scheme)
         case {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert},
                 {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
             ],
-        }:
-            return pattern, True, False
+        } if (behavior, invert) in (("Isolated", False), ("Removed", True)):
+            # What the pattern does not match becomes a piece too or, in OLMo 2, is dropped. Their patterns match all
+            # text, so the two are one; a pattern that leaves something out is refused (ranks_of).
+            return pattern, True, as_it_is
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False} as byte_level,
+            ],
+        } if byte_level.get("use_regex", True):
+            return DIGITS_PATTERN, True, as_it_is
         case None if byte_fallback:
-            return whole, False, False
+            return whole, False, as_it_is
         case {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"} if byte_fallback:
-            return r"[^ ]* |[^ ]+", False, False  # Gemma: splits nothing, as its normalizer leaves no space
+            return r"[^ ]* |[^ ]+", False, as_it_is  # Gemma: splits nothing, as its normalizer leaves no space
+        case {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "first" | "always" | "never" as scheme,
+            "split": False,
+        } if byte_fallback:
+            return whole, False, spaces("▁", scheme)
     raise ValueError(
         f"pre_tokenizer {quote(spec, 300)} with byte_fallback {bool(byte_fallback)} is not supported: only ByteLevel, "
-        'Split by a pattern + ByteLevel and, with byte_fallback, none or Split at " " are'
+        "Split by a pattern + ByteLevel, Digits one by one + ByteLevel and, with byte_fallback, none, Split at ' ' or "
+        'Metaspace with "▁" and without split are'
     )
+
+
+def spaces(mark: str, scheme: str) -> Callable[[str, bool], str]:
+    """The function (text, does the input begin with it?) -> text with `mark` for " ", and by `scheme` one in front.
+
+    A text is what lies between two added tokens. scheme: "always", "never", or "first" for the input's beginning only.
+    """
+
+    def marked(text: str, begins: bool) -> str:
+        text = text.replace(" ", mark)
+        due = scheme == "always" or (scheme == "first" and begins)
+        return mark + text if due and not text.startswith(mark) else text
+
+    return marked
 
 
 def cutter(added: dict[str, dict]) -> re.Pattern:
@@ -212,7 +252,7 @@ def cutter(added: dict[str, dict]) -> re.Pattern:
     for content, flags in sorted(added.items(), key=lambda item: -len(item[0])):  # the longest one wins
         if flags.get("single_word"):
             raise ValueError(f"added token {content!r} with the flag single_word is not supported")
-        before, after = (r"\s*" if flags.get(side) else "" for side in ("lstrip", "rstrip"))
+        before, after = (WHITE if flags.get(side) else "" for side in ("lstrip", "rstrip"))
         branches.append(before + re.escape(content) + after)
     return re.compile("(" + ("|".join(branches) or "(?!)") + ")")  # (?!) never matches
 

@@ -1,13 +1,14 @@
 """support.tokenizer.Tokenizer against the `tokenizers` package, id for id.
 
-GPT-2's and GPT-NeoX's published files are used where they lie beside the repository. The other kinds (Qwen2, Llama 3,
-Gemma, Llama 2) are trained here, small, on made-up text of the same sort as they are then compared on.
+GPT-2's and GPT-NeoX's published files are used where they lie beside the repository. The other kinds (those in KINDS)
+are trained here, small, on made-up text of the same sort as they are then compared on.
 """
 
 import json
 import random
 import re
 import unicodedata
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ from support.tokenizer import Tokenizer
 PUBLISHED = Path(__file__).parents[2] / "shared" / "tokenizers"
 CONTRACTION, REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_PATTERN = CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + REST
+TEKKEN_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_PATTERN = CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + REST
 END = "<|endoftext|>"
 
@@ -33,14 +39,18 @@ if (a<=b && !c) { i++; }§// comment§/* x */§#include <stdio.h>§https://examp
 e\u0301§n\u0303o§a\u030a§\u1112\u1161\u11ab§o\u0302\u0301§A\u030a\u212b§\u0e33§ﬁ§ſ'ſ§K'ſ§\u200b§\u00a0§\u3000§\u2028§\x85
 \x00§\x7f§\ufeff§aaaa
 \U00010348§\U0001f9ff§▁§a▁b§<0x0A>§<0xE2>§<|endoftext|>§<|padding|>§<bos>§<s>§<|im_start|>user§<unk>§zqx§ qzqzq§qzqzqs
+<|user|>§<think>§[INST]§<table>
 """.strip("\n")
     .replace("\n", "§")
     .split("§")
 )
 ASSIGNED = [c for c in range(0x20000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
+TRICKY = "§ §  §\n§ \n\n §▁§▁ ▁§7§ 7§  7§x  12   3 §3.5\n\n 10§½²Ⅷ§a\t\t8 \u3000 9§ 😀 é 日本".split("§")
+TRICKY += [a + b + c for a in ("", " ", "a ") for b in ("<s>", "[INST]", "<|user|>") for c in ("", " ", " b", "\n \n7")]
 GAPS = [" "] * 8 + ["", "", "  ", "   ", "\n", "\n\n", "\t", "\t\t", " \n", "\r\n", "\n    "]
 
 
+@cache
 def made_up_lines(n: int, seed: int) -> list[str]:
     """Lines of fragments, words of random letters, random characters of all scripts, and runs of up to 40 spaces."""
     rng = random.Random(seed)
@@ -115,20 +125,20 @@ def test_published_gpt2_by_heart():
 GPT2_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
-def isolate(pattern: str):
-    """The pre-tokenizer of Qwen2 and Llama 3."""
+def isolate(pattern: str, behavior="isolated", invert=False):
+    """The pre-tokenizer of Qwen2 and Llama 3. OLMo 2's removes what is not matched ("removed" and invert)."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior, invert), byte_level])
 
 
 def train(pre_tokenizer, normalizer=None, **options) -> dict:
-    """The spec of a BPE tokenizer trained on made-up text without "<...>" and "zq", which tests need to be unknown."""
+    """The spec of a BPE tokenizer trained on made-up text without "<...>", "[INST]" and "zq", which must be unknown."""
     reference = Reference(models.BPE())
     reference.pre_tokenizer = pre_tokenizer
     if normalizer:
         reference.normalizer = normalizer
     trainer = trainers.BpeTrainer(vocab_size=1500, show_progress=False, **options)
-    reference.train_from_iterator((re.sub("<\\S*>|zq", "", x) for x in made_up_lines(1500, seed=2)), trainer)
+    reference.train_from_iterator((re.sub(r"<\S*>|\[INST\]|zq", "", x) for x in made_up_lines(1500, seed=2)), trainer)
     return json.loads(reference.to_str())
 
 
@@ -158,18 +168,42 @@ def all_pairs(tokens: list[str], rank: dict[str, int], by_length: bool) -> list[
     return sorted(pairs, key=lambda p: (rank[p[0] + p[1]], rank[p[0]], rank[p[1]]))
 
 
+def smollm2_kind() -> dict:
+    spec = train_byte_level(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2_SPLIT]))
+    spec["model"]["merges"].append(["1", "9"])  # nothing may be merged to "19", as each digit is a piece
+    return number(spec, [*spec["model"]["vocab"], "19"], (END, "<|im_start|>"))
+
+
+def olmo2_kind() -> dict:
+    spec = train_byte_level(isolate(LLAMA3_PATTERN, "removed", invert=True))
+    return number(spec, [*spec["model"]["vocab"]], (END, "<|im_start|>"))
+
+
 def qwen2_kind() -> dict:
+    """Qwen2's, 2.5's and 3's, of which the last two have added tokens that are not special."""
     spec = train_byte_level(isolate(QWEN2_PATTERN), normalizers.NFC())
-    return number(spec, [*spec["model"]["vocab"], "zqx", "Ġzqx"], (END, "<|im_start|>"))  # no merge leads to zqx
+    number(spec, [*spec["model"]["vocab"], "zqx", "Ġzqx"], (END, "<|im_start|>", "<think>"))  # no merge leads to zqx
+    spec["added_tokens"][-1]["special"] = False
+    return spec
 
 
-def llama3_kind(pairs: bool) -> dict:
-    spec = train_byte_level(isolate(LLAMA3_PATTERN))
+def llama3_kind(pairs: bool, pattern=LLAMA3_PATTERN) -> dict:
+    spec = train_byte_level(isolate(pattern))
     tokens = [*spec["model"]["vocab"], "Ġqzqzq"]  # no two tokens make this one
     if pairs:
         spec["model"]["merges"] = all_pairs(tokens, {t: i for i, t in enumerate(tokens)}, by_length=False)
     spec["model"]["ignore_merges"] = True
     return number(spec, tokens, ("<|begin_of_text|>", "<|end_of_text|>"))
+
+
+def tekken_kind() -> dict:
+    """Mistral Nemo's and Small's: the special tokens are in the vocabulary too, before all others."""
+    spec = llama3_kind(pairs=True, pattern=TEKKEN_PATTERN)
+    special = ("<unk>", "<s>", "</s>", "[INST]")
+    spec["added_tokens"] = [added_token(token, i) for i, token in enumerate(special)]
+    tokens = [*special, *spec["model"]["vocab"]]
+    spec["model"]["vocab"] = {token: i for i, token in enumerate(tokens)}
+    return spec
 
 
 def sentencepiece_kind(order: str) -> dict:
@@ -184,7 +218,7 @@ def sentencepiece_kind(order: str) -> dict:
         merges = all_pairs(tokens, rank, by_length=order == "by length")
     spec["model"] |= dict(byte_fallback=True, fuse_unk=True, unk_token="<unk>", merges=[" ".join(m) for m in merges])
     byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
-    number(spec, [*tokens, *byte_tokens, "<unk>"], ("<bos>", "<eos>", "<s>", "<|im_start|>"))
+    number(spec, [*tokens, *byte_tokens, "<unk>"], ("<bos>", "<eos>", "<s>", "<|user|>", "[INST]", "<table>"))
     if order != "trained":  # as in Gemma's file
         spec["model"]["vocab"]["\t"] = spec["model"]["vocab"]["<0x09>"]
     spec["pre_tokenizer"] = {
@@ -197,7 +231,19 @@ def sentencepiece_kind(order: str) -> dict:
     return spec
 
 
+def gemma3_kind() -> dict:
+    """In Gemma 3's file, runs of newlines and of "▁" are added tokens too, and merges are lists."""
+    spec = sentencepiece_kind("by id")
+    vocab = spec["model"]["vocab"]
+    runs = [token for token in vocab if set(token) in ({"\n"}, {"▁"}) and token != "▁"]
+    assert "\n" in runs and "▁▁" in runs
+    spec["added_tokens"] += [added_token(run, vocab[run], special=False) for run in runs]
+    spec["model"]["merges"] = [merge.split(" ") for merge in spec["model"]["merges"]]
+    return spec
+
+
 def llama2_kind() -> dict:
+    """Llama 2's, and that of Mistral 7B v0.1."""
     spec = sentencepiece_kind("by id")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     steps = [{"type": "Prepend", "prepend": "▁"}, replace]
@@ -206,15 +252,34 @@ def llama2_kind() -> dict:
     return spec
 
 
+def phi3_kind() -> dict:
+    spec = llama2_kind()
+    for token in spec["added_tokens"]:
+        token["rstrip"] = token["content"] in ("<|user|>", "<eos>")
+    return spec
+
+
+def metaspace_kind(scheme="first") -> dict:
+    """That of Mistral 7B v0.3, and what `transformers` now saves for Llama 2 and Phi-3."""
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    return llama2_kind() | {"normalizer": None, "pre_tokenizer": metaspace}
+
+
 KINDS = {
     "gpt2": lambda: number(spec := train_byte_level(GPT2_SPLIT), [*spec["model"]["vocab"]], (END,)),
+    "smollm2": smollm2_kind,
+    "olmo2": olmo2_kind,
     "qwen2": qwen2_kind,
     "llama3": lambda: llama3_kind(pairs=True),
     "llama3, merges as trained": lambda: llama3_kind(pairs=False),
+    "tekken": tekken_kind,
     "gemma, merges as trained": lambda: sentencepiece_kind("trained"),
     "gemma, all pairs by length": lambda: sentencepiece_kind("by length"),
     "gemma, all pairs by id": lambda: sentencepiece_kind("by id"),
+    "gemma3": gemma3_kind,
     "llama2": llama2_kind,
+    "phi3": phi3_kind,
+    "mistral 7B v0.3": metaspace_kind,
 }
 
 
@@ -225,10 +290,10 @@ def kind(request, tmp_path_factory):
 
 def test_each_kind_gives_the_same_ids(kind):
     _, reference, ours = kind
-    lines = made_up_lines(2500, seed=4)
+    lines = made_up_lines(2500, seed=4) + TRICKY
     assert not differences(reference, ours, lines)
     found = {i for line in lines for i in ours.encode(line)}
-    assert len(found) > 0.5 * ours.n_vocab  # the comparison is of the vocabulary at large, not of a few tokens
+    assert len(found) > 0.45 * ours.n_vocab  # the comparison is of the vocabulary at large, not of a few tokens
 
 
 def test_each_kind_agrees_on_each_entry_of_its_vocabulary(kind):
@@ -242,9 +307,9 @@ def test_decode_undoes_encode(kind):
     name, _, ours = kind
     for line in made_up_lines(300, seed=5):
         text = unicodedata.normalize("NFC", line) if name == "qwen2" else line
-        if "gemma" in name or name == "llama2":
+        if "gemma" in name:
             text = text.replace("▁", " ")
-        if name != "llama2":  # which puts a space before all that follows an added token
+        if name not in ("llama2", "phi3", "mistral 7B v0.3"):  # which put a space in front
             assert ours.decode(ours.encode(line)) == text
     assert ours.decode([]) == "" and ours.encode("") == []
     assert isinstance(ours.decode([ours.n_vocab + 7]), str)  # a row that only pads the embedding
@@ -266,6 +331,26 @@ def test_unknown_characters_fall_back_to_bytes(tmp_path):
         assert ours.decode(ids) == "a" + char and "�" in ours.decode(ids[:-1])
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never", "none"])
+def test_what_metaspace_puts_in_front(scheme, tmp_path):
+    spec = metaspace_kind(scheme) if scheme != "none" else metaspace_kind() | {"pre_tokenizer": None}
+    for token in spec["added_tokens"]:  # one that takes the spaces before it, and one that is cut out afterwards
+        token["lstrip"], token["normalized"] = token["content"] == "<s>", token["content"] == "[INST]"
+    reference, ours = both(spec, tmp_path)
+    assert not differences(reference, ours, made_up_lines(500, seed=8) + TRICKY)
+    starts = [ours.decode(ours.encode(text)) for text in ("a", " a", "<|user|>a", "<|user|> a")]
+    expected = {"first": [" a", " a", "<|user|>a", "<|user|> a"], "always": [" a", " a", "<|user|> a", "<|user|> a"]}
+    assert starts == expected.get(scheme, ["a", " a", "<|user|>a", "<|user|> a"])
+
+
+def test_smollm2_cuts_out_each_digit(tmp_path):
+    spec = smollm2_kind()
+    del spec["pre_tokenizer"]["pretokenizers"][1]["use_regex"]  # it is true where nothing is said
+    _, ours = both(spec, tmp_path)
+    pieces = [ours.decode([i]) for i in ours.encode("in  1984  a½")]
+    assert pieces == ["in", "  ", "1", "9", "8", "4", " ", " a", "½"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Added tokens, BOS, files
 
@@ -285,7 +370,7 @@ def test_flags_of_added_tokens_and_prefix_space(prefix_space, tmp_path):
     spec["added_tokens"] = [added_token(token, ids[token], **flags[token]) for token in flags]
     reference, ours = both(spec, tmp_path)
     rng = random.Random(6)
-    bits = [*flags, *flags, " ", " ", "    ", "\n", "_", "#", ".", "a", "é", "\u00e9t", "ó", "wor", "1"]
+    bits = [*flags, *flags, " ", " ", "    ", "\n", "\x1c", "\x85", "_", "#", ".", "a", "é", "\u00e9t", "ó", "wor", "1"]
     lines = ["".join(rng.choices(bits, k=rng.randint(1, 9))) for _ in range(3000)]
     assert not differences(reference, ours, lines + [""])
 
@@ -338,6 +423,13 @@ def test_bos(special, config, bos, tmp_path):
 
 FALLBACK = {"vocab": {"a": 0}, "merges": [], "byte_fallback": True}
 SPLIT = {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Removed", "invert": False}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+ALL_BYTES = {"vocab": {f"<0x{b:02X}>": b for b in range(256)}, "merges": [], "byte_fallback": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def sequence(*steps: dict) -> dict:
+    return {"type": "Sequence", "pretokenizers": [*steps]}
 
 
 @pytest.mark.parametrize("contents, message", [
@@ -357,7 +449,15 @@ SPLIT = {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Removed", "inv
     (plain(model=LETTERS | {"vocab": LETTERS["vocab"] | {"ab": 94}, "ignore_merges": True}), "no merge makes 'ab'"),
     (plain(pre_tokenizer=None), "pre_tokenizer None .* is not supported: only ByteLevel"),
     (plain(pre_tokenizer={"type": "Metaspace"}), "pre_tokenizer .*Metaspace.* is not supported"),
-    (plain(pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL]}), "Removed.* is not supported"),
+    (plain(pre_tokenizer=METASPACE), "Metaspace.* with byte_fallback False is not supported"),
+    (plain(model=ALL_BYTES, pre_tokenizer=METASPACE | {"split": True}), "Metaspace.* is not supported.* without split"),
+    (plain(model=ALL_BYTES, pre_tokenizer=METASPACE | {"replacement": "_"}), "Metaspace.* is not supported"),
+    (plain(model=ALL_BYTES, pre_tokenizer=METASPACE | {"prepend_scheme": "last"}), "Metaspace.* is not supported"),
+    (plain(pre_tokenizer=sequence(DIGITS, BYTE_LEVEL | {"use_regex": False})), "Digits.* is not supported"),
+    (plain(pre_tokenizer=sequence(DIGITS | {"individual_digits": False}, BYTE_LEVEL)), "Digits.* is not supported"),
+    (plain(pre_tokenizer=sequence(SPLIT, BYTE_LEVEL | {"use_regex": False})), "Removed.* is not supported"),
+    (plain(pre_tokenizer=sequence(SPLIT | {"invert": True}, BYTE_LEVEL | {"use_regex": False})),
+     "the tokenizer's pattern leaves out a part"),
     (plain(added_tokens=[added_token("a", 64, single_word=True)]), "added token 'a' .*single_word.* is not supported"),
     (plain(normalizer={"type": "Lowercase"}), "normalizer .*Lowercase.* is not supported: only NFC"),
 ])  # fmt: skip
