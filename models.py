@@ -6,12 +6,14 @@
     logits = model(tokens, hook=hook)              # every named node passes through hook(name, layer, value)
 
 Read it from the top: the rules (Table 1 of the RelP paper), the pieces, one block per data flow, the transformer. The
-second half reads the configurations, names and weights of Hugging Face checkpoints.
+second half reads the configurations, names and weights of Hugging Face checkpoints. support/families.py has newer ones.
 
 Shapes: b batch, t position, h head; d is d_model, or d_head after an h, as in [b, t, h, d]. tokens are ids, int64.
 Numbers in brackets, such as [58], are the paper's references.
 """
 
+import importlib
+import itertools
 import json
 import math
 import os
@@ -21,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import NamedTuple, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -209,10 +211,10 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, c: "Config"):
+    def __init__(self, c: "Config", size: int | None = None):
         super().__init__()
         self.eps, self.offset = c.eps, c.norm_offset
-        self.weight = nn.Parameter(torch.ones(c.d_model) - self.offset)
+        self.weight = nn.Parameter(torch.ones(size or c.d_model) - self.offset)
 
     def forward(self, x: Tensor, rules: Rules) -> Tensor:
         # Gemma stores w and scales by 1 + w: added here, since 1 + w would lose digits of w in low precision
@@ -222,7 +224,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: "Config", layer: int):
         super().__init__()
-        self.c, self.window = c, c.windows[layer]
+        self.c, self.window, self.rotary = c, c.windows[layer], c.rotary[layer] if c.rotary else None
         self.q = Linear(c.d_model, c.n_heads * c.d_head, c.qkv_bias)
         self.k = Linear(c.d_model, c.n_kv_heads * c.d_head, c.qkv_bias)
         self.v = Linear(c.d_model, c.n_kv_heads * c.d_head, c.qkv_bias)
@@ -236,12 +238,16 @@ class Attention(nn.Module):
         """
         queries = x[:, -1:] if last else x
         first = start + x.shape[1] - queries.shape[1]  # position of the first query
-        q = node("q", rotate(self.split_heads(self.q(queries, rules)), first, self.c))
-        k = node("k", rotate(self.split_heads(self.k(x, rules)), start, self.c))
-        v = node("v", self.split_heads(self.v(x, rules)))
+        q = node("q", rotate(self.split_heads(self.project("q", queries, rules)), first, self.rotary))
+        k = node("k", rotate(self.split_heads(self.project("k", x, rules)), start, self.rotary))
+        v = node("v", self.split_heads(self.project("v", x, rules)))
         mask = causal_mask(first, q.shape[1], k.shape[1], self.window, x.device)
         z = node("z", rules.attention(q, self.repeat_kv(k), self.repeat_kv(v), Attend(self.c, mask, node)))
         return self.o(z.flatten(-2), rules)
+
+    def project(self, name: str, x: Tensor, rules: Rules) -> Tensor:
+        """q, k or v [b, t, h * d_head] of the normed stream x [b, t, d_model]."""
+        return getattr(self, name)(x, rules)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[b, t, h * d_head] -> [b, t, h, d_head]"""
@@ -302,14 +308,19 @@ def causal_mask(first: int, n_queries: int, n_keys: int, window: int | None, dev
     return (key > query) if window is None else (key > query) | (key <= query - window)
 
 
-def rotate(x: Tensor, first: int, c: "Config") -> Tensor:
-    """Rotary embedding of the first rotary_dim dimensions of x [b, t, h, d_head], at positions from `first`."""
-    if c.rotary_dim == 0:
+class Rotary(NamedTuple):  # of one layer
+    freqs: tuple[float, ...]  # radians per position, one for each rotated pair of dimensions
+    scale: float = 1.0  # of what is rotated
+
+
+def rotate(x: Tensor, first: int, rotary: Rotary | None) -> Tensor:
+    """x [b, t, h, d_head], its first 2 * len(freqs) dimensions rotated, at positions from `first`."""
+    if rotary is None:
         return x
-    half, dtype = c.rotary_dim // 2, torch.promote_types(x.dtype, torch.float32)
+    half, dtype = len(rotary.freqs), torch.promote_types(x.dtype, torch.float32)
     position = torch.arange(first, first + x.shape[1], device=x.device, dtype=dtype)
-    angle = torch.outer(position, torch.tensor(c.rotary_freqs, device=x.device, dtype=dtype))[:, None]  # [t, 1, half]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    angle = torch.outer(position, torch.tensor(rotary.freqs, device=x.device, dtype=dtype))[:, None]  # [t, 1, half]
+    cos, sin = (angle.cos() * rotary.scale).to(x.dtype), (angle.sin() * rotary.scale).to(x.dtype)
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
 
@@ -341,10 +352,10 @@ class MLP(nn.Module):
 # The blocks: one per data flow. Their nodes, in the order in which a hook sees them, each [batch, pos, ...]:
 #
 #     resid_pre                       the residual stream before the block                    [b, t, d_model]
-#     q, k, v                         queries and keys (rotated) and values     [b, t, n_heads or n_kv_heads, d_head]
+#     q, k, v                         queries and keys (normed, rotated), values  [b, t, n_heads or n_kv_heads, d_head]
 #     pattern                         attention weights                                       [b, query, n_heads, key]
 #     z                               the heads' outputs                                      [b, t, n_heads, d_head]
-#     attn_out                        what attention adds to the stream (after Gemma 2's post-norm)   [b, t, d_model]
+#     attn_out                        what attention adds to the stream (after the post-norm)         [b, t, d_model]
 #     resid_mid                       the stream between attention and MLP                    [b, t, d_model]
 #     mlp_hidden                      the MLP's neurons, after activation and gate            [b, t, d_mlp]
 #     mlp_out                         what the MLP adds to the stream (after the post-norm)   [b, t, d_model]
@@ -357,11 +368,12 @@ class SequentialBlock(nn.Module):
     """GPT-2, Qwen2, Llama, and NeoX without use_parallel_residual: attention, then MLP, each on the normed stream."""
 
     nodes = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_hidden", "mlp_out", "resid_post")
+    attention = Attention
 
     def __init__(self, c: "Config", layer: int):
         super().__init__()
         norm = LayerNorm if c.layer_norm else RMSNorm
-        self.ln1, self.attn, self.ln2, self.mlp = norm(c), Attention(c, layer), norm(c), MLP(c)
+        self.ln1, self.attn, self.ln2, self.mlp = norm(c), self.attention(c, layer), norm(c), MLP(c)
 
     def forward(self, x: Tensor, rules: Rules, node: Nodes, start: int = 0, last: bool = False) -> Tensor:
         x = node("resid_pre", x)
@@ -385,7 +397,7 @@ class ParallelBlock(SequentialBlock):
 
 
 class SandwichBlock(SequentialBlock):
-    """Gemma 2: a norm before and one after attention and MLP; attn_out and mlp_out are taken after the second."""
+    """Gemma 2 and 3: a norm before and one after attention and MLP; attn_out and mlp_out are taken after the second."""
 
     def __init__(self, c: "Config", layer: int):
         super().__init__(c, layer)
@@ -423,7 +435,7 @@ class Transformer(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed_tokens = nn.Embedding(c.n_vocab, c.d_model)
-        self.embed_positions = None if c.rotary_dim else nn.Embedding(c.n_ctx, c.d_model)
+        self.embed_positions = None if c.rotary else nn.Embedding(c.n_ctx, c.d_model)
         self.blocks = nn.ModuleList(BLOCKS[c.block](c, layer) for layer in range(c.n_layers))
         self.ln_f = LayerNorm(c) if c.layer_norm else RMSNorm(c)
         self.unembed_tokens = None if c.tied else Linear(c.d_model, c.n_vocab, bias=False)
@@ -513,7 +525,7 @@ class Config:
     tied: bool
     attn_scale: float
     windows: tuple[int | None, ...]  # per layer: how many positions attention looks back, itself included
-    rotary_freqs: tuple[float, ...] = ()  # radians per position, one for each rotated pair
+    rotary: tuple[Rotary, ...] = ()  # per layer; without any, positions are embedded
     layer_norm: bool = False  # else RMSNorm
     norm_offset: float = 0.0
     gated: bool = False
@@ -523,10 +535,6 @@ class Config:
     embed_scale: float = 1.0
     attn_softcap: float | None = None
     logit_softcap: float | None = None
-
-    @property
-    def rotary_dim(self) -> int:
-        return 2 * len(self.rotary_freqs)
 
     def check(self) -> None:
         """ValueError if config.json gives a value that is impossible."""
@@ -546,23 +554,26 @@ class Config:
             raise ValueError(f"{of} {self.n_heads} heads for {self.n_kv_heads} key-value heads: not a multiple")
         if len(self.windows) != self.n_layers or not all(w is None or is_size(w) for w in self.windows):
             raise ValueError(f"{of} the attention windows {quote(list(self.windows))} for {self.n_layers} layers")
-        finite = all(isinstance(f, float) and math.isfinite(f) for f in self.rotary_freqs)
-        if not finite or self.rotary_dim > self.d_head or (self.rotary_dim == 0) != (self.family == "gpt2"):
-            raise ValueError(f"{of} rotary frequencies that cannot be for heads of {self.d_head} dimensions")
+        for rotary in self.rotary:
+            finite = all(isinstance(x, float) and math.isfinite(x) for x in (*rotary.freqs, rotary.scale))
+            if not finite or not 0 < 2 * len(rotary.freqs) <= self.d_head:
+                raise ValueError(f"{of} rotary frequencies that cannot be for heads of {self.d_head} dimensions")
         if not isinstance(self.act, str) or self.act not in PHI:
             raise ValueError(f"activation {self.act!r} is not supported: this project knows {', '.join(PHI)}")
 
     @staticmethod
     def from_hf(hf: dict) -> "Config":
         """From a config.json, as transformers 4 or 5 writes it. ValueError if it is not one of ours."""
+        if isinstance(hf.get("text_config"), dict):  # of a model that also sees: its text part
+            hf = hf["text_config"]
         family = hf.get("model_type")
-        if not isinstance(family, str) or family not in CONFIGS:
-            raise ValueError(f"model_type {quote(family)} is not supported: this project knows {', '.join(CONFIGS)}")
+        if not isinstance(family, str) or family not in FAMILIES:
+            raise ValueError(f"model_type {quote(family)} is not supported: this project knows {', '.join(FAMILIES)}")
         for field, most in MOST.items():
             if isinstance(hf.get(field), (int, float)) and hf[field] > most:
                 raise ValueError(f"config.json of a {family} model gives {field} = {quote(hf[field])}: above {most}")
         try:
-            config = Config(family=family, **CONFIGS[family](hf))
+            config = Config(family=family, **FAMILIES[family][0](hf))
         except KeyError as error:
             raise ValueError(f"config.json of a {family} model lacks the field {error}") from None
         except (TypeError, AttributeError, ArithmeticError) as error:
@@ -612,95 +623,90 @@ def gpt2_config(hf: dict) -> dict:
     )  # fmt: skip
 
 
-def gpt_neox_config(hf: dict) -> dict:
-    d, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
-    bias = hf.get("attention_bias", True)
-    return dict(
-        n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=heads, d_head=d // heads,
-        d_mlp=hf["intermediate_size"], n_vocab=hf["vocab_size"], n_ctx=hf["max_position_embeddings"],
-        eps=hf.get("layer_norm_eps", 1e-5), act=hf.get("hidden_act", "gelu"),
-        block="parallel" if hf.get("use_parallel_residual", True) else "sequential",
-        layer_norm=True, qkv_bias=bias, out_bias=bias, mlp_bias=True,
-        tied=hf.get("tie_word_embeddings", False), attn_scale=(d // heads) ** -0.5, windows=(None,) * layers,
-        rotary_freqs=rotary_freqs(hf, d // heads, hf.get("rotary_pct", 0.25), hf.get("rotary_emb_base", 10000.0)),
-    )  # fmt: skip
-
-
-def llama_config(hf: dict) -> dict:
+def llama_config(hf: dict, types: list[str] | None = None) -> dict:
     d, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
     d_head, bias = hf.get("head_dim") or d // heads, hf.get("attention_bias", False)
+    types = types or ["full_attention"] * layers
     return dict(
         n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=hf.get("num_key_value_heads") or heads, d_head=d_head,
         d_mlp=hf["intermediate_size"], n_vocab=hf["vocab_size"], n_ctx=hf.get("max_position_embeddings", 2048),
         eps=hf.get("rms_norm_eps", 1e-6), act=hf.get("hidden_act", "silu"), block="sequential", gated=True,
         qkv_bias=bias, out_bias=bias, mlp_bias=hf.get("mlp_bias", False),
-        tied=hf.get("tie_word_embeddings", False), attn_scale=d_head**-0.5, windows=(None,) * layers,
-        rotary_freqs=rotary_freqs(hf, d_head),
+        tied=hf.get("tie_word_embeddings", False), attn_scale=d_head**-0.5,
+        windows=tuple(hf.get("sliding_window") if one == "sliding_attention" else None for one in types),
+        rotary=tuple(rotary_of(hf, d_head, one) for one in types),
     )  # fmt: skip
 
 
-def qwen2_config(hf: dict) -> dict:
-    n, first = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
-    window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
-    kinds = hf.get("layer_types") or ["sliding_attention" if layer >= first else "full_attention" for layer in range(n)]
+def gpt_neox_config(hf: dict) -> dict:
+    rope = {"rope_theta": hf.get("rotary_emb_base", 10000.0), "partial_rotary_factor": hf.get("rotary_pct", 0.25)}
+    own = {"attention_bias": True, "hidden_act": "gelu"}
     return {
-        **llama_config(hf),
-        "qkv_bias": True, "out_bias": False, "mlp_bias": False, "windows": windows_of(kinds, window),
+        **llama_config({**rope, **own, **hf, "num_key_value_heads": None, "head_dim": None}),
+        "block": "parallel" if hf.get("use_parallel_residual", True) else "sequential",
+        "gated": False, "mlp_bias": True, "layer_norm": True, "eps": hf.get("layer_norm_eps", 1e-5),
+    }  # fmt: skip
+
+
+def qwen2_config(hf: dict) -> dict:
+    first = hf.get("max_window_layers", 28)
+    window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
+    types = layer_types(hf, lambda layer: layer < first)
+    return {
+        **llama_config({**hf, "sliding_window": window}, types), "qkv_bias": True, "out_bias": False, "mlp_bias": False,
     }  # fmt: skip
 
 
 def gemma2_config(hf: dict) -> dict:
-    n, d_head, window = hf["num_hidden_layers"], hf.get("head_dim", 256), hf.get("sliding_window", 4096)
-    kinds = hf.get("layer_types") or ["full_attention" if layer % 2 else "sliding_attention" for layer in range(n)]
+    hf = {"head_dim": 256, "sliding_window": 4096, **hf}
     return {
-        **llama_config({**hf, "head_dim": d_head}),
+        **llama_config(hf, layer_types(hf, lambda layer: layer % 2 == 1)),
         "block": "sandwich", "norm_offset": 1.0, "mlp_bias": False, "tied": hf.get("tie_word_embeddings", True),
         "act": hf.get("hidden_activation") or hf.get("hidden_act") or "gelu_pytorch_tanh",
         "attn_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5, "embed_scale": hf["hidden_size"] ** 0.5,
-        "windows": windows_of(kinds, window),
         "attn_softcap": hf.get("attn_logit_softcapping", 50.0),
         "logit_softcap": hf.get("final_logit_softcapping", 30.0),
     }  # fmt: skip
 
 
-def windows_of(kinds: list[str], window: int | None) -> tuple[int | None, ...]:
-    """Each layer's attention window, from layer_types."""
-    if unknown := [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]:
-        known = "sliding_attention and full_attention"
-        raise ValueError(f"layer_types has {quote(unknown[0])}, which is not supported: this project knows {known}")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+def layer_types(hf: dict, is_full: Callable[[int], bool]) -> list[str]:
+    """Each layer's kind of attention: from config.json, or else full attention where is_full(layer)."""
+    known, layers = ("sliding_attention", "full_attention"), range(hf["num_hidden_layers"])
+    types = hf.get("layer_types") or [known[is_full(layer)] for layer in layers]
+    if unknown := [one for one in types if one not in known]:
+        raise ValueError(f"layer_types has {quote(unknown[0])}: this project knows {' and '.join(known)}")
+    return types
 
 
-CONFIGS = {
-    "gpt2": gpt2_config,
-    "gpt_neox": gpt_neox_config,
-    "qwen2": qwen2_config,
-    "gemma2": gemma2_config,
-    "llama": llama_config,
-}
-
-
-def rotary_freqs(hf: dict, d_head: int, fraction: float = 1.0, theta: float = 10000.0) -> tuple[float, ...]:
-    """Radians per position of each rotated pair. transformers 5 has rope_parameters, 4 rope_scaling and rope_theta."""
+def rotary_of(hf: dict, d_head: int, layer_type: str) -> Rotary:
+    """How layers of one type rotate. transformers 4 has rope_scaling, 5 rope_parameters, or those of each type."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or hf.get("rope_theta") or theta
+    rope = {**hf, **rope.get(layer_type, rope)}
     if not is_size(d_head) or d_head > MOST["head_dim"]:
         raise ValueError(f"config.json has heads of {quote(d_head)} dimensions")
-    fraction = rope.get("partial_rotary_factor", fraction)
+    fraction = rope.get("partial_rotary_factor", 1.0)
     if not 0 < fraction <= 1:
         raise ValueError(f"config.json has heads of which {quote(fraction)} is rotated: a share up to 1 is needed")
     dim = int(d_head * fraction)
-    freqs = [theta ** (-i / dim) for i in range(0, dim, 2)]
+    freqs = [(rope.get("rope_theta") or 10000.0) ** (-i / dim) for i in range(0, dim, 2)]
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "linear":
-        freqs = [f / rope["factor"] for f in freqs]
-    elif kind == "llama3":  # low frequencies are slowed by `factor`, high ones kept, those between blended
-        low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
-        keep = [min(max((context * f / (2 * math.pi) - low) / (high - low), 0.0), 1.0) for f in freqs]
-        freqs = [k * f + (1 - k) * f / rope["factor"] for f, k in zip(freqs, keep)]
-    elif kind != "default":
-        raise ValueError(f"rope_type {kind!r} is not supported: this project knows default, linear and llama3")
-    return tuple(freqs)
+    if kind not in ROPES:
+        raise ValueError(f"rope_type {quote(kind)} is not supported: this project knows {', '.join(ROPES)}")
+    return ROPES[kind](freqs, rope)
+
+
+def llama3(freqs: list[float], rope: dict) -> Rotary:
+    """Low frequencies are slowed by `factor`, high ones kept, those between blended."""
+    low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    keep = [min(max((context * f / (2 * math.pi) - low) / (high - low), 0.0), 1.0) for f in freqs]
+    return Rotary(tuple(k * f + (1 - k) * f / rope["factor"] for f, k in zip(freqs, keep)))
+
+
+ROPES = {  # rope_type: its function of the frequencies and the parameters
+    "default": lambda freqs, rope: Rotary(tuple(freqs)),
+    "linear": lambda freqs, rope: Rotary(tuple(f / rope["factor"] for f in freqs)),
+    "llama3": llama3,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -779,16 +785,18 @@ GEMMA2_NAMES = {
     "model.layers.{}.pre_feedforward_layernorm": "blocks.{}.ln2",
     "model.layers.{}.post_feedforward_layernorm": "blocks.{}.ln2_post",
 }
-NAMES = {
-    "gpt2": GPT2_NAMES,
-    "gpt_neox": GPT_NEOX_NAMES,
-    "qwen2": LLAMA_NAMES,
-    "gemma2": GEMMA2_NAMES,
-    "llama": LLAMA_NAMES,
+FAMILIES = {  # model_type in config.json: (the fields of Config from the content of config.json, names)
+    "gpt2": (gpt2_config, GPT2_NAMES),
+    "gpt_neox": (gpt_neox_config, GPT_NEOX_NAMES),
+    "qwen2": (qwen2_config, LLAMA_NAMES),
+    "gemma2": (gemma2_config, GEMMA2_NAMES),
+    "llama": (llama_config, LLAMA_NAMES),
 }
 
-# masks and frequencies that old checkpoints keep as buffers
-BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|(^|\.)rotary_emb\.inv_freq$")
+# masks and frequencies that old checkpoints keep as buffers, and what reads images
+NOT_OURS = re.compile(
+    r"\batt(n|ention)\.(masked_)?bias$|\brotary_emb\.inv_freq$|vision_tower\.|multi_modal_projector\."
+)
 # a copy of the embedding, if the two are tied
 UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 
@@ -797,7 +805,7 @@ def layout(model: Transformer) -> dict[str, tuple[list[str], FixUp]]:
     """{tensor name in a checkpoint: (our parameters, fix-up)} for this model."""
     ours = model.state_dict().keys()
     table = {}
-    for theirs, entry in NAMES[model.config.family].items():
+    for theirs, entry in FAMILIES[model.config.family][1].items():
         *modules, fix = (entry, AS_IT_IS) if isinstance(entry, str) else entry
         for layer in range(model.config.n_layers if "{}" in theirs else 1):
             for kind in ("weight", "bias"):
@@ -832,8 +840,7 @@ SHORT_NAMES = {
     "gemma2-2b": "google/gemma-2-2b",
 }
 TOYS = Path(__file__).parent / "toy"  # the small models beside this file; a copy of it elsewhere has none
-if TOYS.is_dir():
-    SHORT_NAMES |= {f"toy-{kind}": str(TOYS / kind) for kind in ("gpt2", "neox", "qwen2", "gemma2", "planted")}
+SHORT_NAMES |= {f"toy-{config.parent.name}": str(config.parent) for config in sorted(TOYS.glob("*/config.json"))}
 
 
 def from_pretrained(
@@ -871,26 +878,19 @@ def from_transformers(hf_model: nn.Module) -> Transformer:
     if not hasattr(hf_model, "config") or not isinstance(hf_model, nn.Module):
         raise ValueError(f"a model of transformers is needed, got {quote(hf_model)}: from_pretrained takes a name")
     tensors, source = hf_model.state_dict(), Path("in memory", "weights")
-    if wrong := [name for name, tensor in tensors.items() if tensor.is_meta]:
-        raise ValueError(f"{wrong[0]} is not in memory")
     with torch.device("meta"):
         model = Transformer(Config.from_hf(hf_model.config.to_dict()))
     if model.config.family == "gpt_neox" and "lm_head.weight" in tensors:  # so called in memory, embed_out in files
         tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
+    matched = match(model, {source: {name: list(tensor.shape) for name, tensor in tensors.items()}})
+    if wrong := [name for name in matched[source] if not is_ordinary(tensors[name])]:
+        raise ValueError(f"{wrong[0]} is not in memory, or no tensor of ordinary floating-point numbers")
     if model.config.tied:
         head, embedding = hf_model.get_output_embeddings(), hf_model.get_input_embeddings()
         if head is not None and not torch.equal(head.weight, embedding.weight):
             raise ValueError("the configuration ties the unembedding to the embedding, but their weights differ")
-    matched = match(model, {source: {name: list(tensor.shape) for name, tensor in tensors.items()}})
     some = next(hf_model.parameters())
-
-    def read(_, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            if not is_ordinary(tensors[name]):
-                raise ValueError(f"{name} is no tensor of ordinary floating-point numbers")
-            yield name, tensors[name]
-
-    load_weights(model, matched, some.dtype, some.device, read)
+    load_weights(model, matched, some.dtype, some.device, lambda _, names: ((name, tensors[name]) for name in names))
     return model.requires_grad_(False).eval()
 
 
@@ -901,8 +901,7 @@ def check_sizes(c: Config, shapes: Shapes) -> None:
     """ValueError if config.json asks for more than the checkpoint has, before anything of that size is built."""
     every = [math.prod(shape) for of_file in shapes.values() for shape in of_file.values()]
     sizes = {"d_model": c.d_model, "d_mlp": c.d_mlp, "vocabulary": c.n_vocab, "heads * d_head": c.n_heads * c.d_head}
-    if c.rotary_dim == 0:
-        sizes["positions"] = c.n_ctx
+    sizes |= {} if c.rotary else {"positions": c.n_ctx}
     for name, size in sizes.items():
         if size > sum(every):
             raise ValueError(f"config.json gives {name} = {size}, but the checkpoint has only {sum(every)} numbers")
@@ -921,9 +920,10 @@ def match(model: Transformer, shapes: Shapes) -> dict[Path, dict[str, tuple[list
     for file, of_file in shapes.items():
         result[file] = {}
         for theirs, shape in of_file.items():
-            name = theirs if theirs in table else prefix + theirs
+            name = theirs.replace("language_model.", "")  # the text part of a model that also sees
+            name = name if name in table else prefix + name
             if name not in table:
-                if not BUFFERS.search(theirs) and not (c.tied and UNEMBEDDING.search(theirs)):
+                if not NOT_OURS.search(theirs) and not (c.tied and UNEMBEDDING.search(theirs)):
                     unexpected.append(theirs)
                 continue
             if name in found:
@@ -1020,27 +1020,22 @@ def corruption_of(file: Path) -> Iterator[None]:
 
 def weight_files(name: str) -> list[Path]:
     """The checkpoint's weights: one file, or the shards that an index names; safetensors before pickles."""
-    absent = []
-    for file in ("model.safetensors", "pytorch_model.bin"):
+    absent = ValueError(f"{name} has no weights (model.safetensors or pytorch_model.bin, whole or sharded)")
+    for file, sharded in itertools.product(("model.safetensors", "pytorch_model.bin"), (False, True)):
         try:
-            return [fetch(name, file)]
+            found = fetch(name, file + ".index.json" * sharded)
         except (MissingFile, Unreachable) as error:
-            absent.append(error)
-        try:
-            index = fetch(name, file + ".index.json")
-        except (MissingFile, Unreachable) as error:
-            absent.append(error)
+            absent = error if isinstance(error, Unreachable) else absent
             continue
-        shards = read_json(index).get("weight_map")
+        if not sharded:
+            return [found]
+        shards = read_json(found).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-            raise ValueError(f"{index} has no weight_map that names the shards")
+            raise ValueError(f"{found} has no weight_map that names the shards")
         if outside := [shard for shard in shards.values() if Path(shard).is_absolute() or ".." in Path(shard).parts]:
-            raise ValueError(f"{index} names a shard outside of the checkpoint's folder: {quote(outside[0])}")
+            raise ValueError(f"{found} names a shard outside of the checkpoint's folder: {quote(outside[0])}")
         return [fetch(name, shard) for shard in sorted(set(shards.values()))]
-    for error in absent:
-        if isinstance(error, Unreachable):
-            raise error
-    raise ValueError(f"{name} has no weights (model.safetensors or pytorch_model.bin, whole or sharded)")
+    raise absent
 
 
 class MissingFile(ValueError):
@@ -1108,3 +1103,8 @@ def read_json(path: Path) -> dict:
 
 def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+# Newer families add themselves. A copy of this file elsewhere does without them.
+if (Path(__file__).parent / "support" / "families.py").is_file():
+    importlib.import_module("support.families")

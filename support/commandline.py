@@ -53,6 +53,15 @@ def one_name(what: str, allowed: Collection[str], text: str) -> str:
     return text
 
 
+def by_family(names: Collection[str]) -> str:
+    """Short names of models, grouped by what comes before the first "-": that is given once."""
+    groups = {}
+    for name in names:
+        family, dash, size = name.partition("-")
+        groups.setdefault(family, []).append(dash + size)
+    return "; ".join(family + " ".join(sizes) for family, sizes in groups.items())
+
+
 def read_int(text: str) -> int:
     try:
         return int(text)

@@ -32,6 +32,7 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+YARN = dict(rope_type="yarn", rope_theta=5e4, factor=8.0, original_max_position_embeddings=16)
 
 CHECKPOINTS = {  # name: (class of transformers' configuration, its fields)
     "gpt2": ("GPT2Config", GPT2),
@@ -62,8 +63,37 @@ CHECKPOINTS = {  # name: (class of transformers' configuration, its fields)
     "llama": ("LlamaConfig", LLAMA),
     "llama3": ("LlamaConfig", {**LLAMA, "tie_word_embeddings": True, "head_dim": 16, "rope_parameters": LLAMA3_ROPE}),
     "llama-biased": ("LlamaConfig", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
+    "qwen3": ("Qwen3Config", {**LLAMA, "head_dim": 12}),
+    "qwen3-biased-window-yarn": ("Qwen3Config", {
+        **LLAMA, "head_dim": 8, "attention_bias": True, "rope_parameters": {**YARN, "attention_factor": 1.3},
+        "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
+    }),
+    "gemma3": ("Gemma3TextConfig", {
+        **LLAMA, "head_dim": 12, "query_pre_attn_scalar": 7, "sliding_window": 4, "sliding_window_pattern": 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    }),
+    "mistral": ("MistralConfig", {**LLAMA, "head_dim": 12, "sliding_window": 4}),
+    "olmo2": ("Olmo2Config", {**LLAMA, "num_key_value_heads": 4, "attention_bias": True}),
+    "olmo3": ("Olmo3Config", {
+        **LLAMA, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 5e4},
+        },
+    }),
+    "phi3": ("Phi3Config", {**LLAMA, "sliding_window": 4, "original_max_position_embeddings": 64}),
+    "phi3-long": ("Phi3Config", {
+        **LLAMA, "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.5, 4.0], "long_factor": [1.0, 9.0, 30.0],
+        },
+    }),
 }  # fmt: skip
 FAMILIES = ["gpt2", "neox", "neox-sequential", "qwen2", "gemma2", "llama"]  # one checkpoint for each data flow
+NEWER = ["qwen3", "gemma3", "olmo3"]  # and for each one of support/families.py
 
 
 def hf_model(name: str):
@@ -79,7 +109,7 @@ def hf_model(name: str):
         for n, p in model.named_parameters():
             p.normal_(std=0.3 if p.ndim > 1 else 0.2)
             scale_of_norm = p.ndim == 1 and n.endswith("weight") and ("norm" in n or "ln_" in n)
-            if scale_of_norm and "gemma2" not in name:  # Gemma 2 adds the 1 itself
+            if scale_of_norm and "gemma" not in name:  # Gemma adds the 1 itself
                 p.add_(1)
     return model
 

@@ -16,7 +16,7 @@ from beyond.methods import parse_rules
 from beyond.twopoint import TWO_POINT
 from models import Attend, Nodes, Rules, causal_mask, rotate
 
-EDGE_FAMILIES = [*FAMILIES, "gpt2-untied", "qwen2-mha-tied-window", "llama-biased"]
+EDGE_FAMILIES = [*FAMILIES, "gpt2-untied", "qwen2-mha-tied-window", "llama-biased", "qwen3", "gemma3"]
 RULES = {
     "atp": False,
     "relp": True,
@@ -59,9 +59,9 @@ def split_forward(model, tokens, lrp=False, extra=None):
         q, k, v = [], [], []
         for kind, heads in (("q", q), ("k", k), ("v", v)):
             for head in range(c.n_heads):
-                y = getattr(b.attn, kind)(b.ln1(read(f"a{layer}.h{head}<{kind}>", x), rules), rules)
+                y = b.attn.project(kind, b.ln1(read(f"a{layer}.h{head}<{kind}>", x), rules), rules)
                 y = b.attn.split_heads(y)
-                y = y if kind == "v" else rotate(y, 0, c)
+                y = y if kind == "v" else rotate(y, 0, b.attn.rotary)
                 own = head if kind == "q" else head // (c.n_heads // c.n_kv_heads)
                 heads.append(y[:, :, own])
         q, k, v = (torch.stack(heads, dim=2) for heads in (q, k, v))
@@ -312,8 +312,8 @@ def run_by_hand(model, original, patch, answers, kept):
             own, qkv = head // (c.n_heads // c.n_kv_heads), []
             for kind in "qkv":
                 x = b.ln1(stream(f"a{layer}.h{head}<{kind}>", before), plain)
-                y = b.attn.split_heads(getattr(b.attn, kind)(x, plain))[:, :, [head if kind == "q" else own]]
-                qkv.append(y if kind == "v" else rotate(y, 0, c))
+                y = b.attn.split_heads(b.attn.project(kind, x, plain))[:, :, [head if kind == "q" else own]]
+                qkv.append(y if kind == "v" else rotate(y, 0, b.attn.rotary))
             mask = causal_mask(0, original.shape[1], original.shape[1], b.attn.window, original.device)
             z.append(plain.attention(*qkv, Attend(c, mask, Nodes(None, layer))))
         z, bias = torch.cat(z, dim=2), 0 if b.attn.o.bias is None else b.attn.o.bias

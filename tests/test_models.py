@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKPOINTS, FAMILIES, LLAMA3_ROPE
+from conftest import CHECKPOINTS, FAMILIES, LLAMA3_ROPE, NEWER
 from safetensors.torch import load_file, save_file
 
 import relp
@@ -26,7 +26,7 @@ def test_logits_agree_with_transformers(name, checkpoint, tokens):
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + NEWER)
 def test_bfloat16_stays_close(name, checkpoint, tokens):
     path, hf = checkpoint(name)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def test_bfloat16_stays_close(name, checkpoint, tokens):
     assert (got - wanted).abs().mean() < 0.05 * wanted.std()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + NEWER)
 def test_a_run_can_be_resumed_in_the_middle(name, checkpoint, tokens):
     """block() from a position on, with the earlier keys and values from the hook, is the rest of the run.
 
@@ -62,7 +62,7 @@ def test_a_run_can_be_resumed_in_the_middle(name, checkpoint, tokens):
         torch.testing.assert_close(x, stream[:, start:])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + NEWER)
 def test_every_node_passes_through_the_hook(name, checkpoint, tokens):
     """What the hook returns is what the pass goes on with, for each named node; [batch, pos, ...] throughout."""
     model = from_pretrained(str(checkpoint(name)[0]))
@@ -84,7 +84,7 @@ def test_every_node_passes_through_the_hook(name, checkpoint, tokens):
         assert (model(tokens, hook=flip) - plain).abs().max() > 1e-4, key
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + NEWER)
 def test_attn_out_and_mlp_out_are_what_is_added_to_the_stream(name, checkpoint, tokens):
     model, kept = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64), {}
     model(tokens, hook=lambda node, layer, value: kept.setdefault((node, layer), value))
@@ -304,7 +304,7 @@ def test_what_does_not_fit_is_named(message, change, copied):
     ("gpt2", {"model_type": "bert"}, "'bert' is not supported"),
     ("gpt2", {"activation_function": "mish"}, "'mish' is not supported"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not supported"),
-    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' is not supported"),
     ("llama", {"hidden_size": "32"}, "d_model = '32'"),
     ("llama", {"intermediate_size": "48"}, "d_mlp = '48': a positive whole number"),
     ("gpt2", {"n_layer": 0}, "n_layers = 0"),
@@ -367,4 +367,4 @@ def test_the_rope_of_llama_3():
     sizes = dict(hidden_size=256, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8, vocab_size=10)
     theirs = LlamaConfig(**sizes, rope_parameters=rope)
     ours = Config.from_hf({**theirs.to_dict(), "model_type": "llama"})
-    torch.testing.assert_close(torch.tensor(ours.rotary_freqs), LlamaRotaryEmbedding(theirs).inv_freq)
+    torch.testing.assert_close(torch.tensor(ours.rotary[0].freqs), LlamaRotaryEmbedding(theirs).inv_freq)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, NEWER
 
 import relp
 from models import Rules, from_pretrained
@@ -86,7 +86,7 @@ def test_activation_patching_is_its_definition(name, metric, checkpoint, pair):
         assert (got[node][:, :, :3] == 0).all()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + NEWER)
 def test_heads_and_neurons(name, checkpoint, pair):
     """Parts of a node: AP by definition; AtP's and RelP's scores add up to the whole node's."""
     model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_lockstep_changes_the_work_and_not_the_result(name, checkpoint, pair, mo
         assert ((got[node].flip(0) == 0) >= (wanted[node] == 0)).all()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + NEWER)
 def test_activation_patching_in_float32(name, checkpoint, pair):
     model, nodes = from_pretrained(str(checkpoint(name)[0])), ("resid_pre", "attn_out", "mlp_out")
     wanted = ap_by_definition(model, *pair, nodes)
@@ -207,7 +207,7 @@ def test_cells_where_the_runs_agree_are_exactly_zero(checkpoint, pair):
     assert (differs["resid_pre"][:, 0] == (pair[0] != pair[1])).all()  # layer 0: the tokens themselves
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + NEWER)
 def test_the_plain_loop_is_exactly_zero_in_every_kind_of_node(name, checkpoint, pair):
     """All kinds in one call: the pattern, whose presence changes how attention is computed, must not leave rounding."""
     model, pair = from_pretrained(str(checkpoint(name)[0])), [pair[0][:2, :5], pair[1][:2, :5], pair[2][:2]]
@@ -227,7 +227,7 @@ def test_the_plain_loop_is_exactly_zero_in_every_kind_of_node(name, checkpoint, 
 # AtP, RelP and IG
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + NEWER)
 def test_atp_is_the_derivative(name, checkpoint, pair):
     """Eq. 2 against central finite differences: the metric with (a sliver of) the difference added to one node."""
     model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
@@ -257,7 +257,7 @@ def assert_derivative(model, original, patch, answers, nodes, positions, step=1e
             torch.testing.assert_close(got[node][:, layer, pos], slope, atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + NEWER)
 def test_relp_differs_from_atp_by_its_rules_only(name, checkpoint, pair):
     model = from_pretrained(str(checkpoint(name)[0]))
     nodes = ("resid_pre", "attn_out", "mlp_out")

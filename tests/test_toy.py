@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import train
 
 import relp
 import tasks
-from models import from_pretrained
+from models import Config, Transformer, from_pretrained
 from support.saes import load_saes
 from support.tokenizer import load_tokenizer
 
@@ -78,10 +79,22 @@ def test_the_saes_explain_what_the_readme_says():
 
 def test_a_model_can_be_trained(tmp_path):
     """The script runs as documented; three steps are enough to see that what it saves can be read."""
-    record = train.train("qwen2", 0, 3, 4e-3, tmp_path)
+    record = train.train("qwen2", 0, replace(train.RECIPES["qwen2"], steps=3), tmp_path)
     assert not record["passes"] and record["steps"] == 3
     model = from_pretrained(str(tmp_path))
     assert torch.isfinite(model(torch.zeros(1, 5, dtype=torch.long))).all()
+
+
+@pytest.mark.parametrize("family", train.CONFIGS)
+def test_deep_models(family):
+    """Twice the layers, of the same kinds in turn; embeddings as small as in real models."""
+    config, deep = (Config.from_hf(train.config_of(family, n)) for n in (4, train.DEEP.n_layers))
+    assert deep.n_layers == 8 and deep.windows == 2 * config.windows
+    model = Transformer(deep)
+    train.initialise(model, train.DEEP.embedding_std)
+    assert model.embed_tokens.weight.std() == pytest.approx(0.02, rel=0.01)
+    assert model.blocks[0].mlp.up.weight.std() == pytest.approx(128**-0.5, rel=0.02)
+    assert model.blocks[0].mlp.down.weight.std() == pytest.approx(128**-0.5 / 4, rel=0.02)
 
 
 def test_training_prompts_hold_out_what_is_tested():

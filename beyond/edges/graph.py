@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models import Config, Nodes, Rules, Transformer, rotate, upcast
+from models import Attention, Config, Nodes, Rules, Transformer, rotate, upcast
 from relp import difference
 
 KINDS = ("q", "k", "v")  # what a head reads
@@ -115,6 +115,8 @@ def ungrouped(model: Transformer) -> Transformer:
     if not hasattr(model, "blocks"):
         raise ValueError(f"edges need a models.Transformer, got {type(model).__name__}")
     c = model.config
+    if hasattr(model.blocks[0].attn, "q_norm") and len(model.blocks[0].attn.q_norm.weight) > c.d_head:
+        raise ValueError(f"edges of {c.family} models are not supported: their heads share one norm of the queries")
     if c.n_kv_heads == c.n_heads:
         return model
     weights = model.state_dict()
@@ -136,7 +138,7 @@ def written_by_heads(model: Transformer, layer: int, z: Tensor) -> Tensor:
     """What each head adds to the stream, [h, b, t, d_model], from the heads' outputs z [b, t, h, d].
 
     In float32 or better. Their sum is attn_out. A bias is divided among the heads. Where a norm follows attention
-    (Gemma 2), it scales the sum of the heads by one number, and so each head's part of it by the same.
+    (Gemma 2 and 3), it scales the sum of the heads by one number, and so each head's part of it by the same.
     """
     block, parts = model.blocks[layer], through_output_matrix(model, layer, z)
     if block.attn.o.bias is not None:
@@ -190,24 +192,26 @@ def by_head(model: Transformer, layer: int, kind: str) -> tuple[Tensor, Tensor]:
     return linear.weight.unflatten(0, shape), bias
 
 
-def rotated(kind: str, y: Tensor, first: int, c: Config) -> Tensor:
+def finished(kind: str, y: Tensor, first: int, attn: Attention, rules: Rules = PLAIN) -> Tensor:
     """q, k or v [n, t, h, d] from what the projection returns, at positions from `first` on."""
-    return y if kind == "v" else rotate(y, first, c)
+    if kind == "v":
+        return y
+    norm = getattr(attn, f"{kind}_norm", None)  # Qwen3's and Gemma 3's: of each head by itself
+    return rotate(y if norm is None else norm(y, rules), first, attn.rotary)
 
 
 def read_heads(model: Transformer, layer: int, kind: str, streams: Tensor) -> Tensor:
     """q, k or v [b, t, h, d] of all heads, each of which reads a stream of its own: [h, b, t, d_model]."""
     weight, bias = by_head(model, layer, kind)
     y = torch.einsum("hbtm,hdm->bthd", model.blocks[layer].ln1(streams, PLAIN), weight) + bias
-    return rotated(kind, y, 0, model.config)
+    return finished(kind, y, 0, model.blocks[layer].attn)
 
 
 def read_head(model: Transformer, layer: int, kind: str, streams: Tensor, heads: Tensor, first: int) -> Tensor:
     """q, k or v [n, t, d] of one head for each stream [n, t, d_model], at positions from `first` on; heads [n]."""
-    weight, bias = by_head(model, layer, kind)
-    normed = model.blocks[layer].ln1(streams, PLAIN)
-    y = torch.einsum("ntm,ndm->ntd", normed, weight[heads]) + bias[heads].unsqueeze(1)
-    return rotated(kind, y.unsqueeze(2), first, model.config).squeeze(2)
+    block, (weight, bias) = model.blocks[layer], by_head(model, layer, kind)
+    y = torch.einsum("ntm,ndm->ntd", block.ln1(streams, PLAIN), weight[heads]) + bias[heads].unsqueeze(1)
+    return finished(kind, y.unsqueeze(2), first, block.attn).squeeze(2)
 
 
 def mlp_out(model: Transformer, layer: int, stream: Tensor) -> Tensor:

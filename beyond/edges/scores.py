@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import relp
-from beyond.edges.graph import KINDS, Graph, by_head, changes, rotated, stream_of, ungrouped
+from beyond.edges.graph import KINDS, Graph, by_head, changes, finished, stream_of, ungrouped
 from models import Rules, Transformer, upcast
 from relp import Terms
 
@@ -142,10 +142,11 @@ def carried_back(model: Transformer, layer: int, terms: dict, lrp: bool | Rules)
 
 def read_by_rules(model: Transformer, layer: int, stream: Tensor, rules: Rules) -> list[Tensor]:
     """q, k and v [b, t, d] of each head, so that autograd can go back to the stream from each by itself."""
-    normed, read = model.blocks[layer].ln1(stream, rules), []
+    block, read = model.blocks[layer], []
+    normed = block.ln1(stream, rules)
     for kind in KINDS:
         weight, bias = by_head(model, layer, kind)
         for of_head in zip(weight, bias):
             y = rules.linear(normed, *of_head)
-            read.append(rotated(kind, y.unsqueeze(2), 0, model.config).squeeze(2))
+            read.append(finished(kind, y.unsqueeze(2), 0, block.attn, rules).squeeze(2))
     return read
