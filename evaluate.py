@@ -35,7 +35,7 @@ from beyond import grid as grids
 from beyond.audit import audit, print_audits
 from beyond.edges import experiment as edges
 from beyond.edges import tables as edge_tables
-from beyond.methods import NAMES, is_method, method, parse_rules
+from beyond.methods import NAMES, is_method, method, parse_rules, without_number
 from beyond.verify import print_verified, verify
 from support import (
     circuit_figures,
@@ -556,7 +556,7 @@ class Options:
     methods: list[str] | None = option(
         ["ap", "atp", "relp"],
         "LIST",
-        f"of {','.join(NAMES)} and sets of rules, such as ln+ah; edges: also eap-ig-5, of so many steps",
+        f"of {','.join(NAMES)} and sets of rules, such as ln+ah",
         read_methods,
     )
     rules: str = option(
@@ -589,7 +589,7 @@ class Options:
     def refuse(self, *unfit: str) -> None:
         """ValueError if one of these methods is asked for."""
         for name in self.methods:
-            if name in unfit or name.startswith("eap-ig") and "eap-ig" in unfit:
+            if without_number(name) in unfit:
                 raise ValueError(f"method {name} has no meaning with --task {self.task}")
 
 
@@ -620,7 +620,6 @@ class NodeOptions(Options):
             self.methods = [name for name in self.methods if name != "ap"]
             if not self.methods:
                 raise ValueError("--verify needs a method to rank the nodes by, such as --methods relp")
-        self.refuse("eap-ig")
 
 
 @dataclass(kw_only=True)
@@ -662,7 +661,7 @@ class CircuitOptions(Options):
             raise ValueError("AtP*'s fix is one of q and k: it has no meaning with --task sva")
         if self.metric == "kl":
             raise ValueError("--metric kl compares with the patch run: it has no meaning with --task sva")
-        self.refuse("eap-ig")
+        self.refuse("eg", "eap-ig", "eap-ig-act")
 
 
 @dataclass(kw_only=True)
@@ -689,7 +688,7 @@ class EdgeOptions(Options):
             self.methods = [name for name in self.methods if name != "ap"]
         if self.methods in ([], ["ap"]):
             raise ValueError("--task edges needs a method besides ap, such as --methods ap,relp")
-        self.refuse("atp*", "ig")
+        self.refuse("atp*", "ig", "eg", "eap-ig-act")
 
 
 TASKS = {"ioi": NodeOptions, "sva": CircuitOptions, "edges": EdgeOptions}

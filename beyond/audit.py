@@ -67,7 +67,7 @@ def attention_gradient(m, x, x2, y, c, on, rounded):
     """dP = c v, dS = P (dP - P . dP), dq = dS k, dk = dS q, dv = P c.
 
     Two-point: P in dS is that at the mean of both runs' scores, and in dv the patch run's. At a temperature T, P in dS
-    is that of the scores / T.
+    is that of the scores / T. With products: dP and dv are halved, and so are, once more, dq and dk.
     """
 
     def heads(x):
@@ -88,11 +88,12 @@ def attention_gradient(m, x, x2, y, c, on, rounded):
     # kernels that keep no pattern compute it anew, by the logarithm of the sum, whose rounding is no longer evened out
     logs = [s.logsumexp(-1, keepdim=True) for s in (middle, s2)]
     pattern, pattern2 = ((s - log + (log - rounded(log))).exp() for s, log in zip((middle, s2), logs))
-    c = m.split_heads(c)
+    share = 0.5 if "products" in on else 1
+    c = share * m.split_heads(c)
     d = rounded(torch.einsum("bqhd,bkhd->bqhk", c, v))
     d = pattern * (d - rounded((weights * d).sum(-1, keepdim=True))) * m.c.attn_scale * ("ah" not in on)
     d = d if m.c.attn_softcap is None else d * (1 - (s / m.c.attn_softcap).square())
-    into = [("bqhk,bkhd->bqhd", d, k), ("bqhk,bqhd->bkhd", d, q), ("bqhk,bqhd->bkhd", pattern2, c)]
+    into = [("bqhk,bkhd->bqhd", share * d, k), ("bqhk,bqhd->bkhd", share * d, q), ("bqhk,bqhd->bkhd", pattern2, c)]
     owed = [torch.einsum(*product).detach() for product in into]
     return torch.autograd.grad((q, k, v), leaves, owed)  # back through the rotation and the shared heads
 
@@ -139,7 +140,7 @@ LINEARS = {"Linear": linear_gradient, "Transformer": unembedding_gradient}
 CLAIMS = {  # rule: {module kind that it is for: the gradient owed}; zero is the 0-rule
     **{"ln": NORMS, "identity": {"MLP": mlp_gradient}, "half": {"MLP": mlp_gradient}},
     **{"ln2": NORMS, "identity2": {"MLP": mlp_gradient}, "half2": {"MLP": mlp_gradient}},
-    **{rule: {"Attention": attention_gradient} for rule in ("ah", "attention2", "temperature")},
+    **{rule: {"Attention": attention_gradient} for rule in ("ah", "attention2", "temperature", "products")},
     **{"zero": LINEARS, "epsilon": LINEARS, "gamma": LINEARS},
 }
 KINDS = {kind: owed for claim in CLAIMS.values() for kind, owed in claim.items()} | {"SequentialBlock": sum_gradient}

@@ -2,14 +2,19 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
-from beyond import atp_star
+from beyond import atp_star, paths
+from beyond.rivals import ATTNLRP, CP_LRP, GIM
 from beyond.temperature import Temperature
 from beyond.twopoint import ROWS, TWO_POINT, TwoPoint
 from models import Rules
 from support.methods import AP, ATP, Method
 
-NAMES = ("ap", "atp", "atp*", "relp", "twopoint", "ig")
+NAMES = (
+    *("ap", "atp", "atp*", "relp", "twopoint", "gim", "attnlrp", "cp-lrp"),
+    *("eg", "eg-10", "ig", "eap-ig-5", "eap-ig-act-5"),
+)
 FLAGS = ("ln", "identity", "half", "ah")
 NUMBERS = ("epsilon", "gamma", "temperature")
 
@@ -17,7 +22,7 @@ NUMBERS = ("epsilon", "gamma", "temperature")
 def method(name: str, family: str = "", rules: str = "paper", steps: int = 10) -> Method:
     """The method of this name for a model of this family: one of NAMES, or rules joined by +, such as ln+ah.
 
-    Of edges there is also eap-ig-5, or another number of steps.
+    Where a name ends in a number, any from 1 to 9999 will do.
 
     rules, steps: of relp and ig. ValueError if the name is unknown.
     """
@@ -32,13 +37,18 @@ def method(name: str, family: str = "", rules: str = "paper", steps: int = 10) -
             return Method(name, "RelP" if rules == "paper" else f"RelP, {rules}", parse_rules(rules))
         case "twopoint":
             return Method(name, "two-point", TWO_POINT.get(family))
+        case "gim":
+            return Method(name, "GIM", GIM.get(family))
+        case "attnlrp":
+            return Method(name, "AttnLRP", ATTNLRP.get(family))
+        case "cp-lrp":
+            return Method(name, "CP-LRP", CP_LRP.get(family))
+        case "eg":
+            return Method(name, "EG", attribute=paths.expected_gradients)
         case "ig":
             return Method(name, "IG", steps=steps)
-    if name.startswith("eap-ig"):
-        found = re.fullmatch(r"eap-ig-([1-9]\d{0,3})", name)
-        if not found:
-            raise ValueError(f"method {name!r}: a number of steps from 1 to 9999 is needed, as in eap-ig-5")
-        return Method(name, f"EAP-IG, {found[1]} steps", steps=int(found[1]))
+    if name.startswith(("eg-", "eap-ig")):
+        return on_a_path(name)
     try:
         return Method(name, name, parse_rules(name.replace("+", ",")))
     except UnknownRule:
@@ -46,6 +56,24 @@ def method(name: str, family: str = "", rules: str = "paper", steps: int = 10) -
         raise ValueError(f"unknown method {name!r}: choose from {known}, or rules joined by +, such as ln+ah") from None
     except ValueError as error:
         raise ValueError(f"method {name}: {error}") from None
+
+
+def on_a_path(name: str) -> Method:
+    """eg-10, eap-ig-5, eap-ig-act-5, or another number. The steps of eap-ig-5 are for edges, where it is known too."""
+    found = re.fullmatch(r"(eg|eap-ig|eap-ig-act)-([1-9]\d{0,3})", name)
+    if not found:
+        raise ValueError(f"method {name!r}: a number of steps from 1 to 9999 is needed, as in eg-10 or eap-ig-5")
+    kind, n = found[1], int(found[2])
+    if kind == "eg":
+        return Method(name, f"EG, {n} draws", attribute=partial(paths.expected_gradients, draws=n))
+    if kind == "eap-ig":
+        return Method(name, f"EAP-IG, {n} steps", steps=n, attribute=partial(paths.eap_ig_inputs, steps=n))
+    return Method(name, f"EAP-IG-act, {n} steps", attribute=partial(paths.eap_ig_activations, steps=n))
+
+
+def without_number(name: str) -> str:
+    """The name without its number: eap-ig of eap-ig-5."""
+    return re.sub(r"-\d+$", "", name)
 
 
 class UnknownRule(ValueError):

@@ -72,7 +72,7 @@ def print_report(report: NodeReport, methods: list[Method], nodes: list[str], pa
         print(NO_BEHAVIOUR)
     labels = {method.name: method.label for method in methods}
     width = max(23, 8 * len(report.pcc) + 1)
-    first = max(18, 2 + max(map(len, labels.values())))
+    first = max(18, 1 + len(" - RelP") + max(map(len, labels.values())))
 
     def row(label, cells, end=""):
         print((f"  {label:{first}}" + "".join(f"{c:{width}}" for c in cells) + end).rstrip())

@@ -14,10 +14,11 @@ from conftest import CHECKPOINTS, FAMILIES
 import evaluate
 import models
 import relp
-from beyond import temperature, twopoint
+from beyond import rivals, temperature, twopoint
 from beyond.audit import audit
 from beyond.conservation import conservation
 from beyond.methods import TwoPointTemperature
+from beyond.rivals import HalfProducts
 from beyond.temperature import Temperature
 from beyond.twopoint import ROWS, TWO_POINT, TwoPoint
 from models import Rules, from_pretrained
@@ -34,6 +35,8 @@ RULE_SETS = [
     *(TwoPoint(two_point=(row,)) for row in ROWS),
     Temperature(ln=True, temperature=2.0),
     TwoPointTemperature(half=True, temperature=0.5, two_point=("identity",)),
+    HalfProducts(identity=True, products=True),
+    HalfProducts(half=True, temperature=2.0, products=True),
 ]
 
 
@@ -71,12 +74,12 @@ def test_every_family_and_rule_passes_and_is_counted(name, dtype, load, tokens, 
         **{"ln": norm, "identity": {"MLP": n}, "half": half, "ah": {"Attention": n}},
         **{"ln2": norm, "identity2": {"MLP": n}, "half2": half, "attention2": {"Attention": n}},
         **dict.fromkeys(("zero", "epsilon", "gamma"), linear),
-        "temperature": {"Attention": n},
+        **dict.fromkeys(("temperature", "products"), {"Attention": n}),
     }
     for lrp in [*RULE_SETS, TWO_POINT[c.family]]:
         rules, report = model.rules(lrp), audit(model, tokens, lrp, patch)
         two_point = getattr(rules, "two_point", ())
-        names = ("ln", "identity", "half", "ah", "epsilon", "gamma", "temperature")
+        names = ("ln", "identity", "half", "ah", "epsilon", "gamma", "temperature", "products")
         asked = {rule for rule in names if getattr(rules, rule, None)} - set(two_point) | {
             f"{row}2" for row in two_point
         }
@@ -233,6 +236,21 @@ def test_a_disabled_temperature_is_named(name, load, tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_products_that_are_not_halved_are_named(name, load, tokens, monkeypatch):
+    """Those of attention, or those of the gates."""
+    model, rules = load(name), rivals.GIM[load(name).config.family]
+    with monkeypatch.context() as m:
+        m.setattr(rivals, "halved", lambda x: x)
+        says = blames(model, tokens, rules)
+    assert says == "products: changed no gradient in blocks.0.attn, blocks.1.attn, blocks.2.attn"
+    monkeypatch.setattr(Rules, "gate", lambda self, a, b: a * b)
+    if model.config.gated:
+        assert blames(model, tokens, rules).startswith("half: changed no gradient in blocks.0.mlp, ")
+    else:
+        audit(model, tokens, rules)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_rule_that_is_always_on_is_named(name, load, tokens, patch, monkeypatch):
     model = load(name)
     with monkeypatch.context() as m:
@@ -267,6 +285,7 @@ def test_one_module_of_one_layer_is_enough(name, load, tokens, patch):
         (Rules(gamma=0.1), "blocks.1.mlp.up", dict(gamma=None), "gamma: changed no gradient"),
         (TwoPoint(two_point=("ln",)), "blocks.1.ln2", dict(two_point=()), "ln2: changed no gradient"),
         (Temperature(temperature=2.0), "blocks.1.attn", dict(temperature=None), "temperature: changed no gradient"),
+        (HalfProducts(products=True), "blocks.1.attn", dict(products=False), "products: changed no gradient"),
         (Rules(identity=True), "blocks.1.ln1", dict(ln=True), "ln: applied unasked"),
         (Rules(), "blocks.2.attn", dict(ah=True), "ah: applied unasked"),
     ]:  # fmt: skip
@@ -438,14 +457,15 @@ def test_a_rule_that_it_does_not_know(load, tokens):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mistakes in the text of the source: copies of models.py, beyond/twopoint.py and beyond/temperature.py with one each
+# Mistakes in the text of the source: copies of models.py and of the files with rules in beyond/, with one each
 
-SOURCES = {"models": models.__file__, "twopoint": twopoint.__file__, "temperature": temperature.__file__}
-SOURCES = {name: Path(file).read_text(encoding="utf-8") for name, file in SOURCES.items()}
+SOURCES = {"models": models, "twopoint": twopoint, "temperature": temperature, "rivals": rivals}
+SOURCES = {name: Path(module.__file__).read_text(encoding="utf-8") for name, module in SOURCES.items()}
 POINT = ("models", "Rules", {"ln": True, "identity": True, "half": True, "ah": True, "gamma": 0.3})
 EPSILON = ("models", "Rules", {"epsilon": 0.1})
 BOTH = ("twopoint", "TwoPoint", {"two_point": ROWS})
 HOT = ("temperature", "Temperature", {"ln": True, "temperature": 2.0})
+HALVED = ("rivals", "HalfProducts", {"half": True, "temperature": 2.0, "products": True})
 MUTANTS = {  # (request, the file, in its text, instead, what the audit says)
     "const": (
         POINT, "models", "return x.detach() if on else x", "return x", "ln: changed no gradient",
@@ -562,12 +582,31 @@ MUTANTS = {  # (request, the file, in its text, instead, what the audit says)
         HOT, "models", "(softmax or self.softmax)(", "self.softmax(",
         "temperature: changed no gradient in blocks.0.attn",
     ),
+    "products": (
+        HALVED, "rivals", "if not self.products:", "if True:", "products: changed no gradient in blocks.0.attn",
+    ),
+    "products without the first": (
+        HALVED, "rivals", "(halved(q), halved(k), v, attend)", "(q, k, v, attend)",
+        "temperature + products: not the gradient owed in blocks.0.attn",
+    ),
+    "products without the second": (
+        HALVED, "rivals", "return halved(super().attention(halved(q), halved(k), v, attend))",
+        "return super().attention(halved(q), halved(k), v, attend)",
+        "temperature + products: not the gradient owed in blocks.0.attn",
+    ),
+    "products by a third": (
+        HALVED, "rivals", "0.5 * x", "x / 3", "temperature + products: not the gradient owed in blocks.0.attn",
+    ),
+    "products without the temperature": (
+        HALVED, "temperature", "if self.temperature is None:", "if True:",
+        "temperature: changed no gradient in blocks.0.attn",
+    ),
 }  # fmt: skip
 
 
 @pytest.fixture
 def copies(monkeypatch):
-    """copies(file, before, after): the three files again as modules, one of them with a piece of its text replaced."""
+    """copies(file, before, after): the files again as modules, one of them with a piece of its text replaced."""
 
     def make(changed=None, before="", after=""):
         made = {}
@@ -578,7 +617,8 @@ def copies(monkeypatch):
                     text = text.replace(before, after)
                 made[name] = types.ModuleType(name)
                 made[name].__file__ = models.__file__
-                m.setitem(sys.modules, name, made[name])  # the others find it, and dataclasses look their module up
+                for known in (name, f"beyond.{name}"):  # the others find it, and dataclasses look their module up
+                    m.setitem(sys.modules, known, made[name])
                 exec(compile(text, f"copy of {name}", "exec"), made[name].__dict__)
         assert issubclass(made["twopoint"].TwoPoint, made["models"].Rules) and made["models"].Rules is not Rules
         return made
@@ -591,6 +631,7 @@ def copies(monkeypatch):
     (EPSILON, {"epsilon": "Linear"}),
     (BOTH, {"ln2": "RMSNorm", "identity2": "MLP", "half2": "MLP", "attention2": "Attention"}),
     (HOT, {"ln": "RMSNorm", "temperature": "Attention"}),
+    (HALVED, {"half": "MLP", "temperature": "Attention", "products": "Attention"}),
 ])  # fmt: skip
 def test_a_copy_of_the_code_passes(request_, kinds, copies, checkpoint, tokens, patch):
     made, (file, kind, fields) = copies(), request_

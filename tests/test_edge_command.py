@@ -585,7 +585,7 @@ def test_columns_do_not_touch(edges, tiny):
     (["--methods", "ig"], ["ig", "--task edges"]),
     (["--methods", "eap-ig-0"], ["eap-ig-0"]),
     (["--methods", "eap-ig-x"], ["eap-ig-x"]),
-    (["--methods", "eap-ig-5", "--task", "ioi"], ["eap-ig-5", "--task ioi"]),
+    (["--methods", "eap-ig-act-5"], ["eap-ig-act-5", "--task edges"]),
     (["--methods", "eap-ig-5", "--task", "sva"], ["eap-ig-5", "--task sva"]),
     (["--nodes", "mlp_out"], ["--nodes", "--task edges"]),
     (["--structures", "simple"], ["--structures", "--task edges"]),
