@@ -57,10 +57,11 @@ def random_config(rng: random.Random) -> dict:
         hf["tie_word_embeddings"] = rng.random() < 0.5
     if family == "gpt_neox":
         hf |= {"rotary_pct": rng.choice([0.5, 1.0]), "use_parallel_residual": rng.random() < 0.5}
-    if family in ("qwen2", "gemma2", "llama"):
+    if family not in ("gpt2", "gpt_neox"):
         hf |= {"num_key_value_heads": kv_heads, "head_dim": d_head, "sliding_window": rng.randint(1, 8)}
         hf |= {"use_sliding_window": rng.random() < 0.5, "max_window_layers": rng.randint(0, layers)}
-    if family == "gemma2":
+        hf |= {"sliding_window_pattern": rng.randint(1, 3), "original_max_position_embeddings": 12}
+    if "gemma" in family:
         hf |= {"attn_logit_softcapping": rng.choice([None, 5.0]), "query_pre_attn_scalar": rng.randint(1, 30)}
     return {"model_type": family, "vocab_size": rng.randint(5, 60), **hf}
 
