@@ -129,9 +129,16 @@ def bos_ids(tokenizer: Tokenizer, bos: bool) -> list[int]:
     return [tokenizer.bos_id] if bos else []
 
 
+def after(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that goes on after other text."""
+    # Some tokenizers, such as Llama 2's, put a space in front of what they encode, which is right for a prompt's start
+    # only. Ours have encode_after for the rest; a tokenizer of your own may do without.
+    return getattr(tokenizer, "encode_after", tokenizer.encode)(text)
+
+
 def one_token(tokenizer: Tokenizer, words: Sequence[str]) -> list[str]:
     """Those of `words` that are one token after a space. An unknown-word token does not decode to the word."""
-    ids = {word: tokenizer.encode(" " + word) for word in words}
+    ids = {word: after(tokenizer, " " + word) for word in words}
     return [word for word in words if len(ids[word]) == 1 and tokenizer.decode(ids[word]).strip() == word]
 
 
@@ -145,7 +152,7 @@ def fill(tokenizer: Tokenizer, template: str, words: dict[str, str]) -> tuple[li
         role = piece.strip(" []")
         if "[" in piece:
             piece = " " + words[role]
-        tokens = tokenizer.encode(piece)
+        tokens = after(tokenizer, piece) if text else tokenizer.encode(piece)
         ids += tokens
         roles += [role] * len(tokens)  # a template word of several tokens repeats its role
         text += piece
@@ -214,7 +221,7 @@ def ioi(tokenizer: Tokenizer, n: int = 100, seed: int = 0, corruption: str = "sw
         seen.add(draw)
         original, roles = fill(tokenizer, TEMPLATES[t], {"B1": b, "A": a, "S2": b, **rest})
         patch, _ = fill(tokenizer, TEMPLATES[t], {**CORRUPTIONS[corruption](b, a), **rest})
-        answers = tokenizer.encode(" " + a) + tokenizer.encode(" " + b)
+        answers = after(tokenizer, " " + a) + after(tokenizer, " " + b)
         # the first word, the mark after the place and the last word play one role in all templates
         roles = ["BOS"] * len(start) + ["FIRST" if role == roles[0] else role for role in roles]
         roles[roles.index("PLACE") + 1], roles[-1] = "PUNCT", "END"
@@ -282,7 +289,7 @@ def sva(
 
     lists = {"N1": NOUNS, "N2": NOUNS, "V": VERBS, "P": PREPOSITIONS}
     slots = {slot: kept(lists[slot]) for slot in re.findall(r"\[(\w+)\]", template)}
-    answers = [[tokenizer.encode(" " + form)[0] for form in word] for word in kept(answers)]
+    answers = [[after(tokenizer, " " + form)[0] for form in word] for word in kept(answers)]
 
     # A scene fixes every word, and the number of the other noun. Its two prompts differ only in the number of the noun
     # that the answer agrees with; so two scenes have no prompt in common.
@@ -390,7 +397,7 @@ def token_ids(name: str, value: object, tokenizer: Tokenizer | None, n_vocab: in
             raise ValueError(
                 f"{name} is the string {quote(value)}, which needs a tokenizer; without one, give token ids"
             )
-        value = tokenizer.encode(value)
+        value = after(tokenizer, value) if "answer" in name else tokenizer.encode(value)
     if not isinstance(value, list):
         raise ValueError(f"{name} must be a string or token ids; got {quote(value)}")
     for i in value:

@@ -74,6 +74,7 @@ class Tokenizer:
         if kind != "BPE" or "merges" not in model or odd:
             raise ValueError(f"model {kind} is not supported: only BPE is, with merges, no dropout, prefix or suffix")
         self.normalize = normalizer(spec.get("normalizer"))
+        self.normalize_after = normalizer(spec.get("normalizer"), prepend=False)
         pattern, byte_level, self.mark_spaces = splitter(spec.get("pre_tokenizer"), model.get("byte_fallback"))
         pieces = ranked_pieces(model, byte_level, skip={t["content"] for t in added})
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
@@ -133,16 +134,27 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. Added tokens in it, such as "<|endoftext|>", are recognized; no BOS is put in front."""
+        return self.ids_of(text, goes_on=False)
+
+    def encode_after(self, text: str) -> list[int]:
+        """The ids of a text that goes on after other text: like encode(), but with no "▁" or " " put in front.
+
+        encode("We met") + encode_after(" Mary") == encode("We met Mary"), if no token reaches across.
+        """
+        return self.ids_of(text, goes_on=True)
+
+    def ids_of(self, text: str, goes_on: bool) -> list[int]:
         ids = []
         for i, part in enumerate(self.cut_as_is.split(text)):
             if i % 2:  # the added tokens are the odd parts
                 ids.append(self.id_of_added(part))
                 continue
-            for j, piece in enumerate(self.cut_normalized.split(self.normalize(part))):
+            normalize = self.normalize_after if goes_on and i == 0 else self.normalize
+            for j, piece in enumerate(self.cut_normalized.split(normalize(part))):
                 if j % 2:
                     ids.append(self.id_of_added(piece))
                 elif piece:
-                    ids += self.merge(self.mark_spaces(piece, i == j == 0))
+                    ids += self.merge(self.mark_spaces(piece, i == j == 0, goes_on))
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -170,8 +182,8 @@ class Tokenizer:
         return ranks
 
 
-def normalizer(spec: dict | None) -> Callable[[str], str]:
-    """The function str -> str that a tokenizer.json's "normalizer" describes."""
+def normalizer(spec: dict | None, prepend: bool = True) -> Callable[[str], str]:
+    """The function str -> str that a tokenizer.json's "normalizer" describes. prepend: with its steps Prepend?"""
     match spec:
         case None:
             return lambda text: text
@@ -180,16 +192,16 @@ def normalizer(spec: dict | None) -> Callable[[str], str]:
         case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
             return lambda text: text.replace(old, new)
         case {"type": "Prepend", "prepend": str(prefix)}:
-            return lambda text: prefix + text if text else text
+            return lambda text: prefix + text if text and prepend else text
         case {"type": "Sequence", "normalizers": specs}:
-            steps = [normalizer(s) for s in specs]
+            steps = [normalizer(s, prepend) for s in specs]
             return lambda text: reduce(lambda t, step: step(t), steps, text)
     raise ValueError(
         f"normalizer {quote(spec, 300)} is not supported: only NFC, Replace (of a string), Prepend and Sequence are"
     )
 
 
-def splitter(spec: dict | None, byte_fallback: bool) -> tuple[str, bool, Callable[[str, bool], str]]:
+def splitter(spec: dict | None, byte_fallback: bool) -> tuple[str, bool, Callable[[str, bool, bool], str]]:
     """The (regular expression of a piece, is it byte-level?, what to do with the spaces) of a "pre_tokenizer"."""
     whole, as_it_is = r"[\s\S]+", spaces(" ", "never")
     match spec:
@@ -232,15 +244,16 @@ def splitter(spec: dict | None, byte_fallback: bool) -> tuple[str, bool, Callabl
     )
 
 
-def spaces(mark: str, scheme: str) -> Callable[[str, bool], str]:
-    """The function (text, does the input begin with it?) -> text with `mark` for " ", and by `scheme` one in front.
+def spaces(mark: str, scheme: str) -> Callable[[str, bool, bool], str]:
+    """The function (text, begins, goes_on) -> text with `mark` for " ", and by `scheme` one in front.
 
-    A text is what lies between two added tokens. scheme: "always", "never", or "first" for the input's beginning only.
+    A text is what lies between two added tokens. begins: does the input begin with it? goes_on: does the input go on
+    after other text? scheme: "always", "never", or "first" for the input's beginning only.
     """
 
-    def marked(text: str, begins: bool) -> str:
+    def marked(text: str, begins: bool, goes_on: bool) -> str:
         text = text.replace(" ", mark)
-        due = scheme == "always" or (scheme == "first" and begins)
+        due = (scheme != "never" and not goes_on) if begins else scheme == "always"
         return mark + text if due and not text.startswith(mark) else text
 
     return marked

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_tasks import Real, Words
+from test_tasks import SPACE_IN_FRONT, Real, Words, check_ids, space_in_front
 
 import tasks
 from support.tokenizer import load_tokenizer
@@ -176,6 +176,15 @@ def test_real_tokenizers(name, structure):
             assert list(p.original[1:]) == real.encode(real.decode(p.original[1:]))
     for words in (NOUNS, VERBS, AUXILIARIES, PREPOSITIONS):
         assert sum(len(tasks.one_token(real, forms)) == 2 for forms in words) >= 0.9 * len(words)
+
+
+@pytest.mark.parametrize("kind", SPACE_IN_FRONT)
+def test_tokenizers_that_put_a_space_in_front(kind):
+    reference, ours = space_in_front(kind)
+    for structure in SVA_STRUCTURES:
+        for pairs in sva(ours, structure, 20, 10):
+            check(pairs, structure, ours)
+            check_ids(pairs, reference, ours)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

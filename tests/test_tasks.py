@@ -3,13 +3,15 @@
 import json
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tasks
-from tasks import NAMES, OBJECTS, PLACES, Pair, by_group, ioi, read_pairs
+from support.tokenizer import Tokenizer
+from tasks import AUXILIARIES, NAMES, NOUNS, OBJECTS, PLACES, PREPOSITIONS, VERBS, Pair, by_group, ioi, read_pairs
 
 SHARED = Path(__file__).parents[2] / "shared"
 ROLES = {
@@ -67,6 +69,46 @@ class Real:
 
     def decode(self, ids):
         return self.t.decode(ids)
+
+
+PREPEND = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+SPACE_IN_FRONT = {  # tokenizers that put a space in front of a text
+    "Prepend": dict(normalizer={"type": "Sequence", "normalizers": PREPEND}, pre_tokenizer=None),
+    "Metaspace, first": dict(pre_tokenizer=METASPACE | {"prepend_scheme": "first"}),
+    "Metaspace, always": dict(pre_tokenizer=METASPACE | {"prepend_scheme": "always"}),
+    "ByteLevel": {},
+}
+
+
+@cache
+def space_in_front(kind):
+    """A tokenizer in which each word is a token, as the one of `tokenizers` and as ours."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = NAMES + PLACES + OBJECTS + "Then When After The and went to the gave a that , .".split()
+    words += [form for forms in NOUNS + VERBS + AUXILIARIES + PREPOSITIONS for form in forms]
+    reference = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.ByteLevel if kind == "ByteLevel" else tokenizers.pre_tokenizers.Metaspace
+    reference.pre_tokenizer = split()
+    reference.train_from_iterator(words, tokenizers.trainers.BpeTrainer(show_progress=False))
+    spec = json.loads(reference.to_str()) | SPACE_IN_FRONT[kind]
+    if kind != "ByteLevel":
+        vocab = spec["model"]["vocab"]
+        spec["model"] |= {"byte_fallback": True, "vocab": vocab | {f"<0x{b:02X}>": len(vocab) + b for b in range(256)}}
+    reference = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    reference.add_special_tokens(["<s>"])
+    return reference, Tokenizer(json.loads(reference.to_str()), {})
+
+
+def check_ids(pairs, reference, ours):
+    """Prompts have the ids of their text, and an answer adds its own to them."""
+    for p in pairs:
+        for prompt in (p.original, p.patch):
+            assert prompt[0] == ours.bos_id and ours.decode(prompt[1:])[0] == " "
+            text = ours.decode(prompt[1:])[1:]
+            assert reference.encode(text).ids == list(prompt[1:])
+            for answer in p.answers:
+                assert reference.encode(text + ours.decode([answer])).ids == [*prompt[1:], answer]
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gpt-neox-20b"])
@@ -149,6 +191,20 @@ def test_most_words_survive_in_real_tokenizers(real):
     for words in (NAMES, PLACES, OBJECTS):
         assert len(tasks.one_token(real, words)) >= 0.8 * len(words)
     assert ioi(real, 2000)[1999].group == "template 2"  # thousands of prompts
+
+
+@pytest.mark.parametrize("kind", SPACE_IN_FRONT)
+def test_tokenizers_that_put_a_space_in_front(kind):
+    reference, ours = space_in_front(kind)
+    assert ours.encode("Mary") == ours.encode_after(" Mary") != ours.encode_after("Mary")
+    assert all(tasks.one_token(ours, words) == words for words in (NAMES, PLACES, OBJECTS))
+    pairs = ioi(ours, 30)
+    check_ids(pairs, reference, ours)
+    for i, p in enumerate(pairs):
+        o = slots(p, p.original, ours)
+        assert list(p.roles) == ROLES[p.group]
+        assert ours.decode(p.original[1:]) == " " + filled(tasks.TEMPLATES[i % 3], o)
+        assert [ours.decode([a]) for a in p.answers] == [" " + o["A"], " " + o["B1"]]
 
 
 def test_without_bos():
@@ -302,6 +358,16 @@ def test_groups_blank_lines_and_byte_order_mark(write):
 def test_text_that_holds_a_line_separator(write):
     line = json.dumps({**LINE, "note": "a\u2028b\x85c"}, ensure_ascii=False).encode()
     assert len(read_pairs(write(line, LINE), Words())) == 2
+
+
+@pytest.mark.parametrize("kind", SPACE_IN_FRONT)
+@pytest.mark.parametrize("answers", [(" is", " are"), (".", ",")])
+def test_strings_where_a_space_is_put_in_front(kind, answers, write):
+    reference, ours = space_in_front(kind)
+    (p,) = read_pairs(write({**LINE, "original_answer": answers[0], "patch_answer": answers[1]}), ours)
+    check_ids([p], reference, ours)
+    assert p == tasks.pair(ours, "The cat", "The cats", *answers) and p.roles == ("BOS", " The", " cat")
+    assert tuple(ours.decode([a]) for a in p.answers) == answers
 
 
 @pytest.mark.parametrize(

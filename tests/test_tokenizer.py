@@ -315,6 +315,19 @@ def test_decode_undoes_encode(kind):
     assert isinstance(ours.decode([ours.n_vocab + 7]), str)  # a row that only pads the embedding
 
 
+ICE = "\U0001f9ca"  # in no vocabulary here, so that no token reaches from it into what follows
+
+
+def test_encode_after_puts_nothing_in_front(kind):
+    name, reference, ours = kind
+    for line in made_up_lines(200, seed=9) + TRICKY + ["", ",", "a", " a", "  a"]:
+        if name in ("llama2", "phi3", "mistral 7B v0.3"):
+            whole = reference.encode(ICE + line, add_special_tokens=False).ids
+            assert ours.encode(ICE) + ours.encode_after(line) == whole
+        else:
+            assert ours.encode_after(line) == ours.encode(line)
+
+
 def test_entries_no_merge_leads_to(tmp_path):
     for spec, text, whole in ((qwen2_kind(), " zqx", False), (llama3_kind(pairs=True), " qzqzq", True)):
         reference, ours = both(spec, tmp_path)
@@ -331,15 +344,20 @@ def test_unknown_characters_fall_back_to_bytes(tmp_path):
         assert ours.decode(ids) == "a" + char and "�" in ours.decode(ids[:-1])
 
 
-@pytest.mark.parametrize("scheme", ["first", "always", "never", "none"])
+@pytest.mark.parametrize("scheme", ["first", "always", "never", "none", "Prepend"])
 def test_what_metaspace_puts_in_front(scheme, tmp_path):
-    spec = metaspace_kind(scheme) if scheme != "none" else metaspace_kind() | {"pre_tokenizer": None}
+    spec = llama2_kind() if scheme == "Prepend" else metaspace_kind(scheme)
+    if scheme == "none":
+        spec["pre_tokenizer"] = None
     for token in spec["added_tokens"]:  # one that takes the spaces before it, and one that is cut out afterwards
         token["lstrip"], token["normalized"] = token["content"] == "<s>", token["content"] == "[INST]"
     reference, ours = both(spec, tmp_path)
-    assert not differences(reference, ours, made_up_lines(500, seed=8) + TRICKY)
+    lines = made_up_lines(500, seed=8) + TRICKY
+    assert not differences(reference, ours, lines)
+    assert not [x for x in lines if ours.encode(ICE) + ours.encode_after(x) != reference.encode(ICE + x).ids]
     starts = [ours.decode(ours.encode(text)) for text in ("a", " a", "<|user|>a", "<|user|> a")]
     expected = {"first": [" a", " a", "<|user|>a", "<|user|> a"], "always": [" a", " a", "<|user|> a", "<|user|> a"]}
+    expected["Prepend"] = [" a", "  a", "<|user|> a", "<|user|>  a"]
     assert starts == expected.get(scheme, ["a", " a", "<|user|>a", "<|user|> a"])
 
 
@@ -373,6 +391,9 @@ def test_flags_of_added_tokens_and_prefix_space(prefix_space, tmp_path):
     bits = [*flags, *flags, " ", " ", "    ", "\n", "\x1c", "\x85", "_", "#", ".", "a", "é", "\u00e9t", "ó", "wor", "1"]
     lines = ["".join(rng.choices(bits, k=rng.randint(1, 9))) for _ in range(3000)]
     assert not differences(reference, ours, lines + [""])
+    for line in lines:
+        if line[0] != "1":  # a number that begins with 9 would be one piece
+            assert ours.encode("9") + ours.encode_after(line) == reference.encode("9" + line).ids
 
 
 def test_vocab_and_merges_equal_tokenizer_json(tmp_path):
