@@ -52,6 +52,7 @@ from support import (
 from support.commandline import (
     Parser,
     add_option,
+    by_family,
     instead,
     names,
     not_empty,
@@ -549,8 +550,8 @@ class Options:
     seed: int = option(0, "N", "of the choice of prompts, and of the resamples for intervals", read_seed)
     metric: str = option(
         "logit_diff",
-        "|".join(relp.METRICS),
-        "what is measured at the output",
+        "NAME",
+        f"what is measured at the output: {', '.join(relp.METRICS)}",
         partial(one_name, "metric", relp.METRICS),
     )
     methods: list[str] | None = option(
@@ -567,7 +568,9 @@ class Options:
         read_rules,
     )
     device: str = option("auto", "DEVICE", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = option("float32", "|".join(DTYPES), "of weights and activations", partial(one_name, "dtype", DTYPES))
+    dtype: str = option(
+        "float32", "TYPE", f"of weights and activations: {', '.join(DTYPES)}", partial(one_name, "dtype", DTYPES)
+    )
     batch_size: str = option(
         "auto", "SIZE", "prompts, or patched runs, that go through the model together", read_batch_size
     )
@@ -701,7 +704,8 @@ def parse(argv: list[str] | None) -> Options:
         prog="evaluate.py",
         usage="python evaluate.py [options]",
         description="Compare AtP and RelP with activation patching: print tables, draw figures, save the numbers.",
-        epilog="example: python evaluate.py --model gpt2 pythia-70m --pairs 50 --corruption s2 --rules ln,epsilon=1e-4",
+        epilog=f"models: {by_family(name for name in models.SHORT_NAMES if not name.startswith('toy-'))}. "
+        "example: python evaluate.py --model gpt2 qwen3-0.6b --rules ln,epsilon=1e-4",
         formatter_class=partial(argparse.HelpFormatter, max_help_position=32, width=120),
         argument_default=argparse.SUPPRESS,  # options that are not given are missing from `given`
     )

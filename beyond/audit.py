@@ -32,14 +32,18 @@ def norm_gradient(m, x, x2, y, c, on, rounded):
     def centred(x):
         return x if hasattr(m, "offset") else x - rounded(x.mean(-1, keepdim=True))  # an RMSNorm has an offset
 
+    def groups(x):  # the stream is one; queries and keys may be one for each head
+        return x.unflatten(-1, (-1, len(m.weight)))
+
     def size(h):
         return (h.square().mean(-1, keepdim=True) + m.eps).sqrt()
 
-    h, h2, g = centred(x[0]), centred(x2[0]), c * (m.weight.to(c) + getattr(m, "offset", 0))
+    x, x2, c = (groups(x) for x in (x[0], x2[0], c))
+    h, h2, g = centred(x), centred(x2), c * (m.weight.to(c) + getattr(m, "offset", 0))
     if "ln2" in on:
-        return [centred(g * (1 / size(h) + 1 / size(h2)) / 2)]
+        return [centred(g * (1 / size(h) + 1 / size(h2)) / 2).flatten(-2)]
     through_scale = 0 if "ln" in on else h * (g * h).mean(-1, keepdim=True) / size(h) ** 3
-    return [centred(rounded(g / size(h)) - through_scale)]
+    return [centred(rounded(g / size(h)) - through_scale).flatten(-2)]
 
 
 def mlp_gradient(m, x, x2, y, c, on, rounded):
@@ -72,7 +76,7 @@ def attention_gradient(m, x, x2, y, c, on, rounded):
 
     def heads(x):
         q, k, v = (m.split_heads(x) for x in x)
-        return rotate(q, 0, m.c), m.repeat_kv(rotate(k, 0, m.c)), m.repeat_kv(v)
+        return rotate(q, 0, m.rotary), m.repeat_kv(rotate(k, 0, m.rotary)), m.repeat_kv(v)
 
     def scores(q, k):
         return softcap(rounded(torch.einsum("bqhd,bkhd->bqhk", q, k) * m.c.attn_scale), m.c.attn_softcap)
@@ -146,6 +150,7 @@ CLAIMS = {  # rule: {module kind that it is for: the gradient owed}; zero is the
 KINDS = {kind: owed for claim in CLAIMS.values() for kind, owed in claim.items()} | {"SequentialBlock": sum_gradient}
 CORES = {"Attention": ("q", "k", "v", "o"), "MLP": ("gate", "up", "down")}  # from the first ones to the last
 SHOWN = {"Transformer": "unembedding"}
+NO_RULE = ("Embedding", "ModuleList", "NoNorm")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +174,7 @@ def audit(model: Transformer, tokens: Tensor, lrp=True, patch: Tensor | None = N
         raise ValueError("two-point rules are audited on prompts and their patch")
     a = Audit(model, rules)
     for m, name in a.names.items():
-        if kind_of(m) not in (*KINDS, "Embedding", "ModuleList"):
+        if kind_of(m) not in (*KINDS, *NO_RULE):
             a.fault(f"no rule: nothing is known of {kind_of(m)}", name)
     for rule in a.on.keys() - CLAIMS.keys():
         a.fault("unknown to the audit:", rule)
@@ -250,7 +255,7 @@ class Audit:
     def after(self, m: nn.Module, args: tuple, y: Tensor) -> Tensor:
         kind, x, out = kind_of(m), [args[0]], y
         if kind in CORES:
-            *into, last = (getattr(m, name) for name in CORES[kind])
+            *into, last = (getattr(m, f"{name}_norm", getattr(m, name)) for name in CORES[kind])
             x, out = [self.leaf[linear] for linear in into if linear is not None], self.entered[last]
         elif kind == "SequentialBlock":
             x += [self.leaf[part] for part in (getattr(m, "ln1_post", m.attn), getattr(m, "ln2_post", m.mlp))]
@@ -347,7 +352,7 @@ class Audit:
 def kind_of(m: nn.Module) -> str:
     """The class that the audit knows m by, else its own. By name, so that a copy of models.py is audited as well."""
     names = [c.__name__ for c in type(m).__mro__]
-    return next((name for name in names if name in KINDS or name in ("Embedding", "ModuleList")), names[0])
+    return next((name for name in names if name in (*KINDS, *NO_RULE)), names[0])
 
 
 def leaf(x: Tensor) -> Tensor:
