@@ -68,7 +68,8 @@ def blames(model, tokens, rules, patch=None) -> str:
 def test_every_family_and_rule_passes_and_is_counted(name, dtype, load, tokens, patch):
     model = load(name, dtype)
     n, c = model.config.n_layers, model.config
-    norm = {"LayerNorm" if c.layer_norm else "RMSNorm": n * (4 if c.block == "sandwich" else 2) + 1}
+    of_block = {"sandwich": 4, "qwen3": 4, "gemma3": 6, "olmo": 4}.get(c.block, 2)
+    norm = {"LayerNorm" if c.layer_norm else "RMSNorm": n * of_block + 1}
     linear, half = {"Linear": n * (7 if c.gated else 6), "unembedding": 1}, {"MLP": n} if c.gated else {}
     calls = {
         **{"ln": norm, "identity": {"MLP": n}, "half": half, "ah": {"Attention": n}},
