@@ -804,7 +804,8 @@ def compare_models(reports: list[results.NodeReport], o: NodeOptions) -> None:
     tables.print_overview(reports, methods, o.nodes)
     if not o.no_plot:
         of_models = {report.model: report.pcc for report in reports}
-        results.save_figure(Path(o.out) / "pcc.png", partial(figures.correlations, of_models, methods, o.nodes))
+        for file, draw in (("pcc.png", figures.correlations), ("slopes.png", figures.slopes)):
+            results.save_figure(Path(o.out) / file, partial(draw, of_models, methods, o.nodes))
 
 
 def compare_edges(summaries: list[dict], o: EdgeOptions) -> None:

@@ -96,6 +96,34 @@ def draw_map(ax: Axes, values: np.ndarray, largest: float, title: str) -> AxesIm
     return image
 
 
+def slopes(pcc: dict[str, dict], methods: list[Method], nodes: list[str]) -> Figure:
+    """The slope of each layer's scores against AP's: a row per node kind, a column per model, a line per method.
+
+    The larger a point, the larger its layer's share of the effects. Slopes beyond the axis stand at its end.
+    """
+    size = 1.2 + 1.9 * len(pcc), 0.8 + 1.6 * len(nodes)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(nodes), len(pcc), squeeze=False, sharex="col", sharey=True)
+    for row, node in zip(axes, nodes):
+        for ax, of in zip(row, pcc.values()):
+            ax.axhline(1, color="black", linewidth=0.6)
+            for method in methods:
+                by_layer = of[method.name][node]["by_layer"]
+                x, y = range(len(by_layer["slope"])), np.clip(by_layer["slope"], -0.5, 2)
+                color = COLORS.get(method.name)
+                ax.plot(x, y, linewidth=1, color=color, label=method.label)
+                ax.scatter(x, y, 4 + 60 * np.array(by_layer["share"]), color=color)
+            ax.set_ylim(-0.6, 2.1)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        row[0].set_ylabel(f"{node}\nslope against AP", fontsize=8)
+    for ax, model in zip(axes[0], pcc):
+        ax.set_title(model, fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel("layer", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
 def correlations(pcc: dict[str, dict], methods: list[Method], nodes: list[str]) -> Figure:
     """PCC with AP as bars with 95 % intervals: a panel per node kind, the methods side by side for each model.
 

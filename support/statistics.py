@@ -161,9 +161,9 @@ def agreements(scores: dict, differs: dict, nodes: list[str], methods: list[str]
 
     scores: {(method, node): [n, layers, positions, ...]}, those of "ap" among them; differs: {node: the same, 1 where
     the two runs differ}. Returns two dictionaries. The first, {method: {node: ...}}, holds agreement()'s measures,
-    "interval": {measure: (low, high)}, and "changed_cells": the same without the cells where the two runs agree. The
-    second is {"relp - atp": {node: {measure: Estimate}}} for each two methods, on the same resamples of the prompts: an
-    interval without 0 says that they differ.
+    "interval": {measure: (low, high)}, "changed_cells": the same without the cells where the two runs agree, and
+    "by_layer", see there. The second is {"relp - atp": {node: {measure: Estimate}}} for each two methods, on the same
+    resamples of the prompts: an interval without 0 says that they differ.
     """
     each, differences = {method: {} for method in methods}, {}
     for node in nodes:
@@ -172,13 +172,21 @@ def agreements(scores: dict, differs: dict, nodes: list[str], methods: list[str]
             pair = torch.tensor(scores[method, node]), ap
             values[method] = agreement(*pair, groups, weights=weights)
             each[method][node] = with_intervals(values[method]) | {
-                "changed_cells": with_intervals(agreement(*pair, groups, changed, weights))
+                "changed_cells": with_intervals(agreement(*pair, groups, changed, weights)),
+                "by_layer": by_layer(*pair),
             }
         for one, other in itertools.combinations(methods, 2):
             differences.setdefault(f"{other} - {one}", {})[node] = {
                 measure: estimate(values[other][measure] - value) for measure, value in values[one].items()
             }
     return each, differences
+
+
+def by_layer(scores: Tensor, ap: Tensor) -> dict[str, list[float]]:
+    """Over all prompts, for each layer: the slope as in agreement(), and the layer's share of AP's squared effects."""
+    s, a = (x.nan_to_num().double().transpose(0, 1).flatten(1) for x in (scores, ap))
+    squares = (a * a).sum(1)
+    return {"slope": ((a * s).sum(1) / squares).tolist(), "share": (squares / squares.sum()).tolist()}
 
 
 def with_intervals(measures: dict[str, Tensor]) -> dict:

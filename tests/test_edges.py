@@ -134,7 +134,7 @@ def test_the_edges_of_a_writer_add_up_to_its_score(load, pair, family, rules):
     nodes = relp.attribute(model, *pair, ["resid_pre", "head", "attn_out", "mlp_out"], lrp=lrp)
     close = {"rtol": 0, "atol": 1e-10 * of_writers.abs().max()}
     torch.testing.assert_close(of_writers[:, :, 0], nodes["resid_pre"][:, 0], **close)
-    plain_heads = "gemma2" not in family and rules not in ("epsilon", "gamma+ah")
+    plain_heads = "gemma" not in family and rules not in ("epsilon", "gamma+ah")
     for layer in range(graph.n_layers):
         writers = graph.writers_of(layer)
         heads = of_writers[:, :, writers.start : writers.stop - 1]

@@ -53,7 +53,13 @@ def test_a_process_writes_nothing_but_its_tables(tiny, tmp_path):
     run = start(*given, "--out", tmp_path / "out")
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
     assert run.stderr.startswith("evaluate.py: error:") and "nowhere" in run.stderr
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"gpt2-ioi", "gemma2-ioi", "pcc.png", "inspect.html"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "gpt2-ioi",
+        "gemma2-ioi",
+        "pcc.png",
+        "slopes.png",
+        "inspect.html",
+    }
     assert "Traceback" not in run.stdout and "\r" not in run.stdout
 
 
@@ -116,7 +122,7 @@ def test_a_single_pair_has_no_intervals(tiny, run, tmp_path):
     for method in ("atp", "relp"):
         for of in summary["pcc"][method].values():
             for part in (of, of["changed_cells"]):
-                assert part["interval"].keys() == part.keys() - {"interval", "changed_cells"}
+                assert part["interval"].keys() == part.keys() - {"interval", "changed_cells", "by_layer"}
                 estimates += [(part[measure], *ends) for measure, ends in part["interval"].items()]
     assert len(estimates) == 4 + 3 * 9 + 2 * 3 * 2 * 9
     assert all(value is not None and (low, high) == (None, None) for value, low, high in estimates)
