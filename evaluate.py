@@ -75,6 +75,7 @@ from support.scoring import batches, tensors
 from support.tokenizer import load_tokenizer
 
 TOYS = ["toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2"]
+DEEP_TOYS = [name.replace("toy-", "toy-deep-") for name in TOYS]
 NODES = ["resid_pre", "attn_out", "mlp_out"]  # residual stream, attention outputs and MLP outputs of Table 5
 PATCHABLE = [*models.SequentialBlock.nodes, *relp.PARTS_OF]
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -541,7 +542,9 @@ class Options:
 
     task: ClassVar[str]
     model: list[str] = option(
-        ["toys"], "NAME", "short names, Hub repositories, directories; toys: the four shipped; paper: Table 5's"
+        ["toys"],
+        "NAME",
+        "short names, Hub repositories, directories; toys, or toys-deep: four of them; paper: Table 5's",
     )
     prompts: str | None = option(
         None, "FILE", "prompt pairs from a JSON-lines file instead of the templates", partial(not_empty, "a file")
@@ -580,7 +583,7 @@ class Options:
     no_plot: bool = option(False, None, "draw nothing")
 
     def __post_init__(self):
-        several = {"toys": TOYS, "paper": list(TABLE_5)}
+        several = {"toys": TOYS, "toys-deep": DEEP_TOYS, "paper": list(TABLE_5)}
         self.model = list(dict.fromkeys(name for given in self.model for name in several.get(given, [given])))
         taken = {}
         for name in self.model:
@@ -685,7 +688,7 @@ class EdgeOptions(Options):
     def __post_init__(self):
         super().__post_init__()
         if self.methods is None:  # exact patching of every edge is for small models
-            exact = ["ap"] if set(self.model) <= {*TOYS, "toy-planted"} else []
+            exact = ["ap"] if set(self.model) <= {*TOYS, *DEEP_TOYS, "toy-qwen3", "toy-planted"} else []
             self.methods = [*exact, "atp", "relp", "twopoint", "eap-ig-5", "eap-ig-30"]
         if self.verify:
             self.methods = [name for name in self.methods if name != "ap"]

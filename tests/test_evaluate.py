@@ -253,7 +253,7 @@ def test_figures(tiny, run, tmp_path):
     assert (code, err) == (0, [])
     pictures = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png"))
     each = [f"{name}-ioi/{picture}.png" for name in ("gemma2", "gpt2") for picture in ("conservation", "heatmaps")]
-    assert pictures == [*each, "pcc.png"]
+    assert pictures == [*each, "pcc.png", "slopes.png"]
     for picture in pictures:
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
     overview = out[out.rindex("PCC with AP") :]  # after the models' own tables, the paper's Table 5

@@ -24,16 +24,17 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 TOYS = ["gpt2", "neox", "qwen2", "gemma2"]
+ALL = [*TOYS, "qwen3", *(f"deep-{toy}" for toy in TOYS)]
 
 
-@pytest.mark.parametrize("toy", TOYS)
+@pytest.mark.parametrize("toy", ALL)
 def test_accuracy_on_held_out_combinations(toy):
-    accuracy = train.accuracies(from_pretrained(f"toy-{toy}"), train.held_out_prompts(200, seed=777))
+    accuracy = train.accuracies(from_pretrained(f"toy-{toy}"), train.held_out_prompts(100, seed=777))
     assert train.passes(accuracy), accuracy
     assert train.passes(json.loads((ROOT / "toy" / toy / "training.json").read_text())["accuracy"])
 
 
-@pytest.mark.parametrize("toy", TOYS)
+@pytest.mark.parametrize("toy", ALL)
 def test_transformers_can_open_them(toy):
     import transformers
 
