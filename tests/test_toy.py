@@ -93,6 +93,7 @@ def test_deep_models(family):
     assert deep.n_layers == 8 and deep.windows == 2 * config.windows
     model = Transformer(deep)
     train.initialise(model, train.DEEP.embedding_std)
+    model.requires_grad_(False)
     assert model.embed_tokens.weight.std() == pytest.approx(0.02, rel=0.01)
     assert model.blocks[0].mlp.up.weight.std() == pytest.approx(128**-0.5, rel=0.02)
     assert model.blocks[0].mlp.down.weight.std() == pytest.approx(128**-0.5 / 4, rel=0.02)
