@@ -16,14 +16,14 @@ It costs the same two forward passes and one backward pass. README.md in this fo
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from models import TABLE_4, Attend, Rules, backward_as
+from models import TABLE_4, Attend, Nodes, Rules, backward_as, upcast
 
 ROWS = ("ln", "identity", "half", "attention")
+QUERIES = 128  # at a time, in the backward pass of attention: what belongs to them stays in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class TwoPoint(Rules):
             raise ValueError(f"no two-point rule for {unknown[0]!r}: choose from {', '.join(ROWS)}")
 
     def two_runs(self) -> tuple["TwoPoint", "TwoPoint"]:
-        """Rules for the patch run, which write down what they are given, and for the original run, which read it."""
+        """Rules for the patch run, which write notes, and for the original run, which read them."""
         notes = Notes()
         return replace(self, notes=notes.write), replace(self, notes=notes.read)
 
     def patch_run(self, row: str, *inputs: Tensor) -> tuple[Tensor, ...] | None:
-        """What this call was given in the patch run; None in the patch run itself, and if the row is not two-point."""
+        """What this call noted in the patch run; None in the patch run itself, and if the row is not two-point."""
         if row not in self.two_point:
             return None
         if self.notes is None:
@@ -53,47 +53,41 @@ class TwoPoint(Rules):
         return self.notes(inputs)
 
     def norm(self, x: Tensor, eps: float) -> Tensor:
-        y, patch = super().norm(x, eps), self.patch_run("ln", x)
-        if patch is None:
-            return y
-        scales = [1 / (eps + z.detach().square().mean(-1, keepdim=True)).sqrt() for z in (x, *patch)]
-        return backward_as(y, x * mid(*scales))
+        scale = 1 / (eps + x.detach().square().mean(-1, keepdim=True)).sqrt()
+        y, patch = super().norm(x, eps), self.patch_run("ln", scale)
+        return y if patch is None else backward_as(y, x * mid(scale, *patch))
 
     def activation(self, x: Tensor, phi: Callable) -> Tensor:
         y, patch = super().activation(x, phi), self.patch_run("identity", x)
-        if patch is None:
-            return y
-        x_patch, here = patch[0], x.detach()
-        dx = x_patch - here
-        # If x' is close to x the quotient is made of rounding errors; then its limit, the derivative in the middle.
-        near = dx.abs() < torch.finfo(x.dtype).eps ** (1 / 3)
-        secant = (x_patch * phi(x_patch) - here * phi(here)) / torch.where(near, 1, dx)
-        between = backward_as(mid(here, x_patch), x)
-        return backward_as(y, torch.where(near, between * phi(between), x * secant))
+        return y if patch is None else backward_as(y, x * secant(x.detach(), *patch, phi))
 
     def gate(self, a: Tensor, b: Tensor) -> Tensor:
-        y, patch = super().gate(a, b), self.patch_run("half", a)
-        return y if patch is None else product(torch.mul, a, *patch, b)
+        patch = self.patch_run("half", a)
+        return super().gate(a, b) if patch is None else product(torch.mul, a, *patch, b)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
         patch = self.patch_run("attention", q, k)
         if patch is None:
             return super().attention(q, k, v, attend)
-        scores_patch = attend.scores(*patch)
-        pattern_patch = attend.softmax(scores_patch).to(v.dtype)
-
-        def softmax(scores: Tensor) -> Tensor:
-            between = backward_as(mid(scores.detach(), scores_patch), scores)
-            return backward_as(attend.softmax(scores), attend.softmax(between))
-
-        def mix(pattern: Tensor, v: Tensor) -> Tensor:
-            return product(attend.mix, pattern, pattern_patch, v)
-
-        return super().attention(q, k, v, partial(attend.by_hand, softmax=softmax, mix=mix))
+        way = step_by_step if attend.node.wanted("pattern") else InBlocks.apply
+        return super().attention(q, k, v, lambda q, k, v: way(attend, q, k, v, *patch))
 
 
 def mid(a: Tensor, b: Tensor) -> Tensor:
     return torch.lerp(a, b, 0.5)
+
+
+def secant(x: Tensor, x_patch: Tensor, phi: Callable) -> Tensor:
+    """(y' - y) / (x' - x) of the activation function y = x phi(x).
+
+    Where x' is too close to x for that quotient, both are first moved apart around their middle, as far as is best for
+    a derivative taken from two points: it is then right to about eps^(2/3), 2e-5 in float32.
+    """
+    middle = mid(x, x_patch)
+    least = torch.finfo(x.dtype).eps ** (1 / 3) * middle.abs().clamp(min=1)
+    half = torch.maximum((x_patch - x).abs() / 2, least)
+    low, high = middle - half, middle + half
+    return (high * phi(high) - low * phi(low)) / (high - low)
 
 
 def product(times: Callable, a: Tensor, a_patch: Tensor, b: Tensor) -> Tensor:
@@ -105,8 +99,43 @@ def product(times: Callable, a: Tensor, a_patch: Tensor, b: Tensor) -> Tensor:
     return backward_as(times(a, b), times(backward_as(a_patch, a), b))
 
 
+def step_by_step(attend: Attend, q: Tensor, k: Tensor, v: Tensor, q_patch: Tensor, k_patch: Tensor) -> Tensor:
+    """attend(q, k, v) with the pattern formed, and what softmax and product pass back by the two-point rule."""
+    scores, scores_patch = attend.scores(q, k), attend.scores(q_patch, k_patch)
+    between = backward_as(mid(scores.detach(), scores_patch), scores)
+    pattern = attend.node("pattern", backward_as(attend.softmax(scores), attend.softmax(between)).to(v.dtype))
+    return product(attend.mix, pattern, attend.softmax(scores_patch).to(v.dtype), v)
+
+
+class InBlocks(torch.autograd.Function):
+    """attend(q, k, v) with the gradient of step_by_step(), which is computed in the backward pass, some queries at a
+    time and without the keys after them: no pattern is kept or formed as a whole.
+    """
+
+    @staticmethod
+    def forward(ctx, attend: Attend, *inputs: Tensor) -> Tensor:
+        ctx.attend = replace(attend, node=Nodes(None, 0))  # the hook may keep the graph, which must not keep the hook
+        ctx.save_for_backward(*inputs)
+        return attend(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx, dz: Tensor) -> tuple[Tensor | None, ...]:
+        n_queries, _, n_keys = ctx.attend.mask.shape
+        sums = [torch.zeros_like(upcast(x)) for x in ctx.saved_tensors[:3]]
+        for start in range(0, n_queries, QUERIES):
+            rows, keys = slice(start, start + QUERIES), slice(n_keys - n_queries + start + QUERIES)
+            attend = replace(ctx.attend, mask=ctx.attend.mask[rows, :, keys])
+            block = [x[:, part] for x, part in zip(ctx.saved_tensors, (rows, keys, keys, rows, keys))]
+            qkv = [x.requires_grad_() for x in block[:3]]
+            with torch.enable_grad():
+                z = step_by_step(attend, *block)
+            for total, part, gradient in zip(sums, (rows, keys, keys), torch.autograd.grad(z, qkv, dz[:, rows])):
+                total[:, part] += gradient
+        return None, *sums, None, None
+
+
 class Notes(deque):
-    """What the rules are given in the patch run, in the order of the calls: the original run makes the same ones."""
+    """What the rules note in the patch run, in the order of the calls: the original run makes the same ones."""
 
     def write(self, inputs: tuple[Tensor, ...]) -> None:
         self.append(tuple(x.detach() for x in inputs))

@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                      GPT-2 small's size, 100 pairs of 15 tokens: 20 minutes on two cores
     python tests/benchmark.py --repeats 1 --grow   one round, and how AP's time grows with layers, positions and prompts
+    python tests/benchmark.py --two-point          only the two-point rules beside RelP, one pair of 64 to 1,024 tokens
 
 The model has random weights: speed does not depend on what it has learned. Pairs are shaped like IOI prompts: they
 differ at B1, A and S2 under `swap`, only at S2 under `s2`.
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import relp
+from beyond.twopoint import TWO_POINT
 from models import Config, Transformer
 
 NODES = ("resid_pre", "attn_out", "mlp_out")
@@ -134,6 +136,25 @@ def bench_relp(model, args, device):
     )
 
 
+def bench_two_point(model, args, device):
+    rules = {"relp": True, "twopoint": TWO_POINT["gpt2"]}
+    for length in (64, 256, 1024):
+        batch = random_pairs("swap", 1, length, model.config.n_vocab, device)
+        runs = [partial(relp.attribute, model, *batch, NODES, lrp=lrp) for lrp in rules.values()]
+        for run in runs:
+            run()
+        times = [[seconds(run, device) for run in runs] for _ in range(5 * args.repeats)]
+        of_relp, two_point = (statistics.median(t) for t in zip(*times))
+        ratios = [b / a for a, b in times]
+        size = argparse.Namespace(**{**vars(args), "prompts": 1, "length": length})
+        relp_peak, peak_ = (in_fresh_process(what, size) / 2**20 for what in rules)
+        print(
+            f"  {length} tokens: RelP {of_relp:.2f} s, two-point {two_point / of_relp:.2f}x that ({min(ratios):.2f} to "
+            f"{max(ratios):.2f}); peak memory beyond the weights {relp_peak:.0f} and {peak_:.0f} MiB",
+            flush=True,
+        )
+
+
 def peak(what, args):
     """Bytes that `what` needs at its peak beyond the model and the prompts; on the CPU, call it in a fresh process."""
     device = torch.device(args.device)
@@ -142,6 +163,7 @@ def peak(what, args):
     run = {
         "graph": partial(relp.record, model, batch[0], ("resid_pre",), grad=True),
         "relp": partial(relp.attribute, model, *batch, NODES, lrp=True),
+        "twopoint": partial(relp.attribute, model, *batch, NODES, lrp=TWO_POINT["gpt2"]),
         "atp": partial(relp.attribute, model, *batch, NODES),
         "ap": partial(relp.activation_patching, model, *batch, NODES),
     }[what]
@@ -161,13 +183,14 @@ def memory(key):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
+def in_fresh_process(what, args):
+    """Its peak. An allocator keeps what it has been given."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak, (what, args))
+
+
 def bench_memory(args):
-    """Each in a fresh process, since an allocator keeps what it has been given."""
-    fresh = multiprocessing.get_context("spawn")
-    used = {}
-    for what in ("graph", "relp", "atp", "ap"):
-        with fresh.Pool(1) as pool:
-            used[what] = pool.apply(peak, (what, args))
+    used = {what: in_fresh_process(what, args) for what in ("graph", "relp", "atp", "ap")}
     times = ", ".join(f"{what} {used[what] / used['graph']:.2f}x" for what in ("relp", "atp", "ap"))
     graph = f"one forward pass with its graph {used['graph'] / 2**20:.0f} MiB"
     print(f"  peak memory beyond the weights: {graph}; {times} that", flush=True)
@@ -229,14 +252,18 @@ def main():
         p.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--grow", action="store_true", help="measure the growth with layers, positions and prompts as well")
+    p.add_argument("--two-point", action="store_true", help="the two-point rules beside RelP, and nothing else")
     args = p.parse_args()
     device = torch.device(args.device)
     model = random_model(args.layers, args.d_model, args.vocab, device)
+    prompts = "1 pair" if args.two_point else f"{args.prompts} pairs of {args.length} tokens"
     print(
-        f"{args.layers} layers, {args.d_model} wide, {args.prompts} pairs of {args.length} tokens, float32, {device}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}",
+        f"{args.layers} layers, {args.d_model} wide, {prompts}, float32, {device}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}",
         flush=True,
     )
+    if args.two_point:
+        return bench_two_point(model, args, device)
     bench_relp(model, args, device)
     bench_memory(args)
     for corruption in PLACES:
