@@ -70,8 +70,9 @@ def mlp_gradient(m, x, x2, y, c, on, rounded):
 def attention_gradient(m, x, x2, y, c, on, rounded):
     """dP = c v, dS = P (dP - P . dP), dq = dS k, dk = dS q, dv = P c.
 
-    Two-point: P in dS is that at the mean of both runs' scores, and in dv the patch run's. At a temperature T, P in dS
-    is that of the scores / T. With products: dP and dv are halved, and so are, once more, dq and dk.
+    Two-point: P in dS is that at the mean of both runs' scores, and v in dP the mean of both runs' values. At a
+    temperature T, P in dS is that of the scores / T. With products: dP and dv are halved, and so are, once more, dq and
+    dk.
     """
 
     def heads(x):
@@ -83,21 +84,21 @@ def attention_gradient(m, x, x2, y, c, on, rounded):
 
     leaves = [leaf(x) for x in x]
     q, k, v = heads(leaves)
-    q2, k2, _ = heads(x2)
-    s, s2 = scores(q, k), scores(q2, k2) if "attention2" in on else scores(q, k)
+    q2, k2, v2 = heads(x2) if "attention2" in on else (q, k, v)
+    s, s2 = scores(q, k), scores(q2, k2)
     mask = causal_mask(0, q.shape[1], q.shape[1], m.window, q.device)
     middle = s / on["temperature"] if "temperature" in on else (s + s2) / 2
-    middle, s2 = (s.masked_fill(mask, -torch.inf) for s in (middle, s2))
+    middle, own = (s.masked_fill(mask, -torch.inf) for s in (middle, s))
     weights = middle.softmax(-1)
     # kernels that keep no pattern compute it anew, by the logarithm of the sum, whose rounding is no longer evened out
-    logs = [s.logsumexp(-1, keepdim=True) for s in (middle, s2)]
-    pattern, pattern2 = ((s - log + (log - rounded(log))).exp() for s, log in zip((middle, s2), logs))
+    logs = [s.logsumexp(-1, keepdim=True) for s in (middle, own)]
+    pattern, of_values = ((s - log + (log - rounded(log))).exp() for s, log in zip((middle, own), logs))
     share = 0.5 if "products" in on else 1
     c = share * m.split_heads(c)
-    d = rounded(torch.einsum("bqhd,bkhd->bqhk", c, v))
+    d = rounded(torch.einsum("bqhd,bkhd->bqhk", c, (v + v2) / 2))
     d = pattern * (d - rounded((weights * d).sum(-1, keepdim=True))) * m.c.attn_scale * ("ah" not in on)
     d = d if m.c.attn_softcap is None else d * (1 - (s / m.c.attn_softcap).square())
-    into = [("bqhk,bkhd->bqhd", share * d, k), ("bqhk,bqhd->bkhd", share * d, q), ("bqhk,bqhd->bkhd", pattern2, c)]
+    into = [("bqhk,bkhd->bqhd", share * d, k), ("bqhk,bqhd->bkhd", share * d, q), ("bqhk,bqhd->bkhd", of_values, c)]
     owed = [torch.einsum(*product).detach() for product in into]
     return torch.autograd.grad((q, k, v), leaves, owed)  # back through the rotation and the shared heads
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from functools import partial
 
-from beyond import atp_star, paths
+from beyond import atp_star, paths, twopoint
 from beyond.rivals import ATTNLRP, CP_LRP, GIM
 from beyond.temperature import Temperature
 from beyond.twopoint import ROWS, TWO_POINT, TwoPoint
@@ -36,7 +36,8 @@ def method(name: str, family: str = "", rules: str = "paper", steps: int = 10) -
         case "relp":
             return Method(name, "RelP" if rules == "paper" else f"RelP, {rules}", parse_rules(rules))
         case "twopoint":
-            return Method(name, "two-point", TWO_POINT.get(family))
+            own = partial(twopoint.attribute, family=family)
+            return Method(name, "two-point", TWO_POINT.get(family), attribute=own)
         case "gim":
             return Method(name, "GIM", GIM.get(family))
         case "attnlrp":

@@ -8,9 +8,10 @@ original run's x, rho can be right for the change from x to x' rather than for a
     identity        x [phi(x)]           x [(y' - y) / (x' - x)], the secant of the activation function y
     half            half of each a*b     a [b] + [a'] b: a goes to its new value first, then b
     attention       no rule              the softmax's derivative at the mean of both runs' scores;
-                                         pattern times values as the gate's product
+                                         pattern times values: A [mean of v and v'] + [A] v
 
-It costs the same two forward passes and one backward pass. README.md in this folder says where it helps and where not.
+It costs the same two forward passes and one backward pass. The method `twopoint` has the rows identity and attention,
+with RelP's LN- and Half-rule. README.md in this folder says how that was chosen, where it helps and where not.
 """
 
 from collections import deque
@@ -20,6 +21,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+import relp
+from beyond import atp_star
 from models import TABLE_4, Attend, Nodes, Rules, backward_as, upcast
 
 ROWS = ("ln", "identity", "half", "attention")
@@ -66,7 +69,7 @@ class TwoPoint(Rules):
         return super().gate(a, b) if patch is None else product(torch.mul, a, *patch, b)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
-        patch = self.patch_run("attention", q, k)
+        patch = self.patch_run("attention", q, k, v)
         if patch is None:
             return super().attention(q, k, v, attend)
         way = step_by_step if attend.node.wanted("pattern") else InBlocks.apply
@@ -91,20 +94,21 @@ def secant(x: Tensor, x_patch: Tensor, phi: Callable) -> Tensor:
 
 
 def product(times: Callable, a: Tensor, a_patch: Tensor, b: Tensor) -> Tensor:
-    """times(a, b); on the way back a [b] + [a'] b.
-
-    The mean of both orders, a [mean of b and b'] + [mean of a and a'] b, is as exact. But where the patch run exchanges
-    two values, their means are equal, and nothing is left for the pattern.
-    """
+    """times(a, b); on the way back a [b] + [a'] b."""
     return backward_as(times(a, b), times(backward_as(a_patch, a), b))
 
 
-def step_by_step(attend: Attend, q: Tensor, k: Tensor, v: Tensor, q_patch: Tensor, k_patch: Tensor) -> Tensor:
-    """attend(q, k, v) with the pattern formed, and what softmax and product pass back by the two-point rule."""
-    scores, scores_patch = attend.scores(q, k), attend.scores(q_patch, k_patch)
-    between = backward_as(mid(scores.detach(), scores_patch), scores)
+def step_by_step(attend: Attend, q: Tensor, k: Tensor, v: Tensor, *patch: Tensor) -> Tensor:
+    """attend(q, k, v) with the pattern formed, and what softmax and product pass back by the two-point rule.
+
+    The values' coefficient is the pattern of the original run: if AP patches values, it leaves the pattern as it is.
+    """
+    q_patch, k_patch, v_patch = patch
+    scores = attend.scores(q, k)
+    between = backward_as(mid(scores.detach(), attend.scores(q_patch, k_patch)), scores)
     pattern = attend.node("pattern", backward_as(attend.softmax(scores), attend.softmax(between)).to(v.dtype))
-    return product(attend.mix, pattern, attend.softmax(scores_patch).to(v.dtype), v)
+    by_rule = attend.mix(pattern, mid(v.detach(), v_patch)) + attend.mix(pattern.detach(), v)
+    return backward_as(attend.mix(pattern, v), by_rule)
 
 
 class InBlocks(torch.autograd.Function):
@@ -125,13 +129,13 @@ class InBlocks(torch.autograd.Function):
         for start in range(0, n_queries, QUERIES):
             rows, keys = slice(start, start + QUERIES), slice(n_keys - n_queries + start + QUERIES)
             attend = replace(ctx.attend, mask=ctx.attend.mask[rows, :, keys])
-            block = [x[:, part] for x, part in zip(ctx.saved_tensors, (rows, keys, keys, rows, keys))]
+            block = [x[:, part] for x, part in zip(ctx.saved_tensors, 2 * (rows, keys, keys))]
             qkv = [x.requires_grad_() for x in block[:3]]
             with torch.enable_grad():
                 z = step_by_step(attend, *block)
             for total, part, gradient in zip(sums, (rows, keys, keys), torch.autograd.grad(z, qkv, dz[:, rows])):
                 total[:, part] += gradient
-        return None, *sums, None, None
+        return None, *sums, None, None, None
 
 
 class Notes(deque):
@@ -146,10 +150,25 @@ class Notes(deque):
         return self.popleft()
 
 
-# The two-point rules of each family: its rows in Table 4, and attention. Gemma 2's norms after attention and MLP are an
-# exception: no one coefficient is right both for a small change of their input and for a whole replacement, and the LN-
-# and Half-rule do better there. README.md in this folder has the figures.
-TWO_POINT = {
-    family: TwoPoint(**vars(rules), two_point=tuple(row for row in ROWS if row == "attention" or getattr(rules, row)))
-    for family, rules in TABLE_4.items()
-} | {"gemma2": TwoPoint(**vars(TABLE_4["gemma2"]), two_point=("identity", "attention"))}
+# Two rows are taken between the runs, the others are the family's in Table 4. A norm's coefficient cannot be right both
+# for a small change of what it divides and for a whole replacement, and the LN-rule does better on unseen models.
+TWO_POINT = {family: TwoPoint(**vars(rules), two_point=("identity", "attention")) for family, rules in TABLE_4.items()}
+
+
+def attribute(
+    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=relp.logit_diff, family: str = "gpt2"
+) -> dict[str, Tensor]:
+    """The method `twopoint`: these rules, but AtP* for queries and keys, and for their heads.
+
+    AP of a query leaves the values as they are, so that the rule for their product, which is made for the change of
+    both, is the wrong one there. Arguments and result as in relp.attribute(). If nodes of both kinds are asked for, the
+    price is that of both methods.
+    """
+    relp.check(model, original, patch, answers, nodes, metric)
+    of_attention = [name for name in nodes if relp.node_of(name) in ("q", "k")]
+    others, result = [name for name in nodes if name not in of_attention], {}
+    if of_attention:
+        result |= atp_star.attribute(model, original, patch, answers, of_attention, metric)
+    if others:
+        result |= relp.attribute(model, original, patch, answers, others, metric, lrp=TWO_POINT[family])
+    return {name: result[name] for name in nodes}

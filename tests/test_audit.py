@@ -30,7 +30,8 @@ RULE_SETS = [
     False,
     Rules(epsilon=1.0),
     Rules(ln=True, gamma=0.5),
-    TwoPoint(ah=True, epsilon=0.1, two_point=ROWS),
+    TwoPoint(ah=True, epsilon=0.1, two_point=("ln", "identity", "half")),
+    TwoPoint(epsilon=0.1, two_point=ROWS),
     *(Rules(**{rule: True}) for rule in ("ln", "identity", "half", "ah")),
     *(TwoPoint(two_point=(row,)) for row in ROWS),
     Temperature(ln=True, temperature=2.0),
@@ -549,7 +550,7 @@ MUTANTS = {  # (request, the file, in its text, instead, what the audit says)
         "identity2 + half2: not the gradient owed in blocks.0.mlp",
     ),
     "attention2": (
-        BOTH, "twopoint", 'self.patch_run("attention", q, k)', "None",
+        BOTH, "twopoint", 'self.patch_run("attention", q, k, v)', "None",
         "attention2: changed no gradient in blocks.0.attn",
     ),
     "attention2 without the softmax": (
@@ -557,8 +558,7 @@ MUTANTS = {  # (request, the file, in its text, instead, what the audit says)
         "attention2: not the gradient owed in blocks.0.attn",
     ),
     "attention2 without the values": (
-        BOTH, "twopoint", "product(attend.mix, pattern, attend.softmax(scores_patch).to(v.dtype), v)",
-        "attend.mix(pattern, v)",
+        BOTH, "twopoint", "mid(v.detach(), v_patch)", "v.detach()",
         "attention2: not the gradient owed in blocks.0.attn",
     ),
     "attention2 and not in one kernel": (

@@ -13,8 +13,8 @@ from conftest import CHECKPOINTS, FAMILIES
 
 import models
 import relp
-from beyond import twopoint
-from beyond.methods import TwoPointTemperature, parse_rules
+from beyond import atp_star, twopoint
+from beyond.methods import TwoPointTemperature, method, parse_rules
 from beyond.temperature import Temperature
 from beyond.twopoint import ROWS, TWO_POINT, TwoPoint
 from models import TABLE_4, Rules, from_pretrained
@@ -251,7 +251,7 @@ def test_logits_are_bit_identical(name, dtype, checkpoint, pair):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("way", ["one block", "blocks", "pattern shown"])
 def test_attention_by_hand(name, way, checkpoint, monkeypatch):
-    """Attention written out: the softmax at the mean score; the pattern goes first, then v."""
+    """Attention written out: the softmax at the mean score, times the mean of both runs' values; then the values."""
     shown = way == "pattern shown"
     if way == "blocks":
         monkeypatch.setattr(twopoint, "QUERIES", 3)  # 3, 3 and 1 of 7
@@ -287,7 +287,7 @@ def test_attention_by_hand(name, way, checkpoint, monkeypatch):
     def mix(pattern, v):
         return torch.einsum("bqhk,bkhd->bqhd", pattern, v)
 
-    (q1, k1, _), x = inputs(x_patch), x.clone().requires_grad_()
+    (q1, k1, v1), x = inputs(x_patch), x.clone().requires_grad_()
     q, k, v = inputs(x)
     s0, s1 = scores(q, k).detach(), scores(q1, k1).detach()
     by_parts = dots(q, k)  # the value is of no interest, its gradient is
@@ -295,7 +295,7 @@ def test_attention_by_hand(name, way, checkpoint, monkeypatch):
     p = softmax((s0 + s1) / 2)
     moved = cap * by_parts
     pattern = p * (moved - (p * moved).sum(-1, keepdim=True))
-    z = mix(pattern, v.detach()) + mix(softmax(s1).detach(), v)
+    z = mix(pattern, (v.detach() + v1) / 2) + mix(softmax(s0), v)
     wanted = torch.autograd.grad(attn.o(z.flatten(-2), Rules()), x, signal)[0]
     torch.testing.assert_close(got, wanted)
 
@@ -399,17 +399,11 @@ def test_notes_out_of_step_would_show(name, checkpoint, pair):
 
 
 def test_rules_of_a_family():
-    """The rows that the family has in Table 4, and attention; but Gemma 2's norms and gates as in RelP."""
+    """Two rows between the runs; norms and gates as in RelP."""
     assert TWO_POINT.keys() == TABLE_4.keys()
-    for family, rows in {
-        "gpt2": ("ln", "identity", "attention"),
-        "gpt_neox": ("ln", "identity", "attention"),
-        "qwen2": ROWS,
-        "llama": ROWS,
-        "gemma2": ("identity", "attention"),
-    }.items():
-        rules, paper = TWO_POINT[family], TABLE_4[family]
-        assert rules.two_point == rows and rules.notes is None
+    for family, paper in TABLE_4.items():
+        rules = TWO_POINT[family]
+        assert rules.two_point == ("identity", "attention") and rules.notes is None
         assert notes(rules.two_runs()[0]) is not notes(rules.two_runs()[0])
         assert all(run == rules for run in rules.two_runs())  # the notes make no other rules of them
         assert Rules(**{f.name: getattr(rules, f.name) for f in dataclasses.fields(Rules)}) == paper
@@ -447,7 +441,7 @@ def test_notes_notice_and_rules_without_them_are_refused(checkpoint, pair):
         model(patch, patch_rules)
         with pytest.raises(ValueError, match="does not do what the patch run did"):
             relp.coefficients(model, tokens, answers[: len(tokens)], ("mlp_out",), lrp=rules)
-    patch_rules, rules = TWO_POINT["gpt2"].two_runs()
+    patch_rules, rules = TwoPoint(two_point=ROWS).two_runs()
     model.stream(patch, patch_rules)  # the final norm was never called
     with pytest.raises(ValueError, match="does not do what the patch run did"):
         model(original, rules)
@@ -515,3 +509,16 @@ def test_temperature_beside_two_point_rows(name, checkpoint, pair):
     torch.testing.assert_close(scores(TwoPointTemperature(temperature=1.0, two_point=("ln", "identity"))), rows)
     both = scores(TwoPointTemperature(temperature=2.0, two_point=("ln", "identity")))
     assert min((both - hot).abs().max(), (both - rows).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["neox", "qwen2"])
+def test_the_method_has_atp_star_for_queries_and_keys(name, checkpoint, pair):
+    model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
+    family, nodes = model.config.family, ["head_q", "resid_pre", "k", "v"]
+    got = method("twopoint", family).scores(model, *pair, nodes, relp.logit_diff)
+    assert list(got) == nodes
+    by_rule = relp.attribute(model, *pair, ["resid_pre", "v"], lrp=TWO_POINT[family])
+    for node, wanted in (by_rule | atp_star.attribute(model, *pair, ["head_q", "k"])).items():
+        assert torch.equal(got[node], wanted) and wanted.any()
+    only = method("twopoint", family).scores(model, *pair, ["mlp_out"], relp.logit_diff)
+    assert torch.equal(only["mlp_out"], relp.attribute(model, *pair, ["mlp_out"], lrp=TWO_POINT[family])["mlp_out"])
