@@ -6,7 +6,7 @@
     logits = model(tokens, hook=hook)              # every named node passes through hook(name, layer, value)
 
 Read it from the top: the rules (Table 1 of the RelP paper), the pieces, one block per data flow, the transformer. The
-second half reads the configurations, names and weights of Hugging Face checkpoints. support/families.py has newer ones.
+second half reads the configurations, names and weights of Hugging Face checkpoints; support/families.py has more.
 
 Shapes: b batch, t position, h head; d is d_model, or d_head after an h, as in [b, t, h, d]. tokens are ids, int64.
 Numbers in brackets, such as [58], are the paper's references.
@@ -63,7 +63,7 @@ class Rules:
     def norm(self, x: Tensor, eps: float) -> Tensor:
         """LN-rule for LayerNorm (whose x is centred before) and RMSNorm: x / [sqrt(eps + mean x^2)]_const.
 
-        Without it, x . gradient is almost 0, and almost no relevance would pass: a norm does not see the size of x.
+        A norm does not see the size of x: without the rule, x . gradient is almost 0, and almost no relevance passes.
         """
         return x / const((eps + x.square().mean(-1, keepdim=True)).sqrt(), self.ln)
 
@@ -241,12 +241,12 @@ class Attention(nn.Module):
         q = node("q", rotate(self.split_heads(self.project("q", queries, rules)), first, self.rotary))
         k = node("k", rotate(self.split_heads(self.project("k", x, rules)), start, self.rotary))
         v = node("v", self.split_heads(self.project("v", x, rules)))
-        mask = causal_mask(first, q.shape[1], k.shape[1], self.window, x.device)
+        mask = causal_mask(first, q.shape[1], k.shape[1], self.window, x.device)  # k has all positions by now
         z = node("z", rules.attention(q, self.repeat_kv(k), self.repeat_kv(v), Attend(self.c, mask, node)))
         return self.o(z.flatten(-2), rules)
 
     def project(self, name: str, x: Tensor, rules: Rules) -> Tensor:
-        """q, k or v [b, t, h * d_head] of the normed stream x [b, t, d_model]."""
+        """q, k or v [b, t, h * d_head] of what attention reads, x [b, t, d_model]."""
         return getattr(self, name)(x, rules)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -352,7 +352,7 @@ class MLP(nn.Module):
 # The blocks: one per data flow. Their nodes, in the order in which a hook sees them, each [batch, pos, ...]:
 #
 #     resid_pre                       the residual stream before the block                    [b, t, d_model]
-#     q, k, v                         queries and keys (normed, rotated), values  [b, t, n_heads or n_kv_heads, d_head]
+#     q, k, v                         queries and keys (rotated) and values     [b, t, n_heads or n_kv_heads, d_head]
 #     pattern                         attention weights                                       [b, query, n_heads, key]
 #     z                               the heads' outputs                                      [b, t, n_heads, d_head]
 #     attn_out                        what attention adds to the stream (after the post-norm)         [b, t, d_model]
@@ -423,7 +423,7 @@ BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock, "sandwich": 
 class Transformer(nn.Module):
     """tokens [batch, pos] -> logits [batch, pos, vocab].
 
-    lrp   False: the plain gradient. True: the paper's rules for this family (Table 4). Rules(...): exactly these. The
+    lrp   False: the plain gradient. True: the family's rules (TABLE_4). Rules(...): exactly these. The
           logits are bit-identical in every case; only what backward returns differs.
     hook  hook(name, layer, x) -> x is called with every node (see the list above) and returns what the pass goes on
           with: x itself to observe, another tensor to intervene. It lives for this call only. A hook that needs some
@@ -627,6 +627,7 @@ def llama_config(hf: dict, types: list[str] | None = None) -> dict:
     d, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
     d_head, bias = hf.get("head_dim") or d // heads, hf.get("attention_bias", False)
     types = types or ["full_attention"] * layers
+    rotary = {one: rotary_of(hf, d_head, one) for one in set(types)}
     return dict(
         n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=hf.get("num_key_value_heads") or heads, d_head=d_head,
         d_mlp=hf["intermediate_size"], n_vocab=hf["vocab_size"], n_ctx=hf.get("max_position_embeddings", 2048),
@@ -634,7 +635,7 @@ def llama_config(hf: dict, types: list[str] | None = None) -> dict:
         qkv_bias=bias, out_bias=bias, mlp_bias=hf.get("mlp_bias", False),
         tied=hf.get("tie_word_embeddings", False), attn_scale=d_head**-0.5,
         windows=tuple(hf.get("sliding_window") if one == "sliding_attention" else None for one in types),
-        rotary=tuple(rotary_of(hf, d_head, one) for one in types),
+        rotary=tuple(rotary[one] for one in types),
     )  # fmt: skip
 
 
@@ -649,9 +650,8 @@ def gpt_neox_config(hf: dict) -> dict:
 
 
 def qwen2_config(hf: dict) -> dict:
-    first = hf.get("max_window_layers", 28)
-    window = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
-    types = layer_types(hf, lambda layer: layer < first)
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
+    types = layer_types(hf, lambda layer: layer < hf.get("max_window_layers", 28))
     return {
         **llama_config({**hf, "sliding_window": window}, types), "qkv_bias": True, "out_bias": False, "mlp_bias": False,
     }  # fmt: skip
@@ -671,8 +671,8 @@ def gemma2_config(hf: dict) -> dict:
 
 def layer_types(hf: dict, is_full: Callable[[int], bool]) -> list[str]:
     """Each layer's kind of attention: from config.json, or else full attention where is_full(layer)."""
-    known, layers = ("sliding_attention", "full_attention"), range(hf["num_hidden_layers"])
-    types = hf.get("layer_types") or [known[is_full(layer)] for layer in layers]
+    known, layers = ("full_attention", "sliding_attention"), range(hf["num_hidden_layers"])
+    types = hf.get("layer_types") or [known[0] if is_full(layer) else known[1] for layer in layers]
     if unknown := [one for one in types if one not in known]:
         raise ValueError(f"layer_types has {quote(unknown[0])}: this project knows {' and '.join(known)}")
     return types
@@ -681,7 +681,8 @@ def layer_types(hf: dict, is_full: Callable[[int], bool]) -> list[str]:
 def rotary_of(hf: dict, d_head: int, layer_type: str) -> Rotary:
     """How layers of one type rotate. transformers 4 has rope_scaling, 5 rope_parameters, or those of each type."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    rope = {**hf, **rope.get(layer_type, rope)}
+    outside = ("rope_theta", "partial_rotary_factor", "max_position_embeddings", "original_max_position_embeddings")
+    rope = {name: hf[name] for name in outside if name in hf} | (rope[layer_type] if "full_attention" in rope else rope)
     if not is_size(d_head) or d_head > MOST["head_dim"]:
         raise ValueError(f"config.json has heads of {quote(d_head)} dimensions")
     fraction = rope.get("partial_rotary_factor", 1.0)
@@ -797,8 +798,7 @@ FAMILIES = {  # model_type in config.json: (the fields of Config from the conten
 NOT_OURS = re.compile(
     r"\batt(n|ention)\.(masked_)?bias$|\brotary_emb\.inv_freq$|vision_tower\.|multi_modal_projector\."
 )
-# a copy of the embedding, if the two are tied
-UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")  # a copy of the embedding, if the two are tied
 
 
 def layout(model: Transformer) -> dict[str, tuple[list[str], FixUp]]:
@@ -1105,6 +1105,6 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-# Newer families add themselves. A copy of this file elsewhere does without them.
-if (Path(__file__).parent / "support" / "families.py").is_file():
+# More families add themselves. A copy of this file elsewhere does without them.
+if __name__ == "models" and (Path(__file__).parent / "support" / "families.py").is_file():
     importlib.import_module("support.families")

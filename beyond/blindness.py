@@ -5,7 +5,7 @@ norm's derivative along the stream is 0. A node whose output points the way of t
 mostly invisible to the gradient: layer 0's MLP output, say, is nearly all of that stream. The LN-rule holds the size
 constant, and RelP sees the whole change.
 
-So the change of a node is taken apart: along the stream, and across it. toy/README.md has what comes out.
+So the change of a node is taken apart: along the stream, and across it. toy/README.md says what comes out.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Parts:
     atp_along: Tensor  # change along the stream . gradient
     atp_across: Tensor  # the rest of the change . gradient
     ln_along: Tensor  # change along the stream . rho of the LN-rule
-    ln_across: Tensor
+    ln_across: Tensor  # the rest of the change . that rho
 
     @property
     def atp(self) -> Tensor:
@@ -45,23 +45,25 @@ def take_apart(
     after = {"resid_pre": "resid_pre", "attn_out": "resid_mid", "mlp_out": "resid_post"}
     if node not in after:
         raise ValueError(f"node must be one of {', '.join(after)}, got {node!r}")
-    stream = after[node] if after[node] in model.nodes else "resid_post"  # parallel blocks have no resid_mid
-    relp.check(model, original, patch, answers, [node, stream], metric)
-    keys = [(node, layer), (stream, layer)]
+    if not hasattr(model.blocks[layer].ln1, "weight"):
+        raise ValueError(f"{model.config.family} models do not norm the stream before attention and MLP")
+    next_normed = after[node] if after[node] in model.nodes else "resid_post"  # parallel blocks have no resid_mid
+    relp.check(model, original, patch, answers, [node, next_normed], metric)
+    keys = [(node, layer), (next_normed, layer)]
     plain, by_rule = (
         relp.propagate(model, original, patch, answers, keys, metric, lrp=rules) for rules in (False, Rules(ln=True))
     )
     terms = plain[node, layer]
-    x, change = upcast(terms.original), relp.difference(terms.original, terms.patch)
-    normed = upcast(plain[stream, layer].original)
+    change = relp.difference(terms.original, terms.patch)
+    x, stream = (upcast(plain[key].original) for key in keys)
     if model.config.layer_norm:  # which takes off the mean before it divides
-        normed = normed - normed.mean(-1, keepdim=True)
-    way = normed / normed.norm(dim=-1, keepdim=True)
-    along = (change * way).sum(-1, keepdim=True) * way
+        x, stream = (y - y.mean(-1, keepdim=True) for y in (x, stream))
+    direction = stream / stream.norm(dim=-1, keepdim=True)
+    along = (change * direction).sum(-1, keepdim=True) * direction
     rho, rho_ln = terms.rho, by_rule[node, layer].rho
     return Parts(
-        cos=torch.cosine_similarity(x, normed, dim=-1),
-        size=x.norm(dim=-1) / normed.norm(dim=-1),
+        cos=torch.cosine_similarity(x, stream, dim=-1),
+        size=x.norm(dim=-1) / stream.norm(dim=-1),
         atp_along=(along * rho).sum(-1),
         atp_across=((change - along) * rho).sum(-1),
         ln_along=(along * rho_ln).sum(-1),

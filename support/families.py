@@ -1,8 +1,13 @@
-"""Newer families, made of the pieces of models.py: Qwen3, Gemma 3, Mistral, OLMo 2 and 3, Phi-3.
+"""More families, made of the pieces of models.py: Qwen3, Gemma 3, Mistral, OLMo 2 and 3, Phi-3.
 
-models.py imports this file if it is there, and its tables then know these families too. What is new in their data flow
-is a norm on queries and keys, before they are rotated; that OLMo norms only what attention and MLP return; and layers
-that rotate differently. Llama 3, SmolLM2 and Qwen2.5 are Llama and Qwen2, and have only their short names here.
+models.py imports this file if it is there, and its tables then know these families too. What is new in their data flow:
+
+    Qwen3     q = rotate(norm of each head(W_q ln1(x)))    x + attn,         then x + mlp(ln2(x))
+    Gemma 3   the same                                     x + post(attn),   then x + post(mlp(ln2(x)))
+    OLMo      q = rotate(norm(W_q x))                      x + post(attn),   then x + post(mlp(x))
+
+and k like q. In Gemma 3 and OLMo 3, layers with a window rotate differently from those without. Mistral and Phi-3 are
+Llama with a window in every layer. Llama 3, SmolLM2 and Qwen2.5 are Llama and Qwen2: here they have short names only.
 
 Their rules are ours: the paper has none of them. The LN-rule is on for every RMSNorm, also those on queries and keys;
 toy/README.md has the figures behind that.
@@ -18,6 +23,7 @@ from models import (
     FAMILIES,
     GEMMA2_NAMES,
     LLAMA_NAMES,
+    QKV,
     ROPES,
     SHORT_NAMES,
     TABLE_4,
@@ -30,8 +36,10 @@ from models import (
     SandwichBlock,
     SequentialBlock,
     gemma2_config,
+    is_size,
     layer_types,
     llama_config,
+    quote,
     qwen2_config,
 )
 
@@ -46,38 +54,40 @@ class HeadNorm(RMSNorm):
         return super().forward(x.unflatten(-1, (-1, len(self.weight))), rules).flatten(-2)
 
 
-class AttentionWithHeadNorms(Attention):
-    """Qwen3 and Gemma 3: queries and keys are normed, each head by itself."""
+class NormedAttention(Attention):
+    """Queries and keys are normed before they are rotated: in Qwen3 and Gemma 3, each head by itself."""
 
     def __init__(self, c: Config, layer: int):
         super().__init__(c, layer)
-        self.q_norm, self.k_norm = HeadNorm(c, c.d_head), HeadNorm(c, c.d_head)
+        self.q_norm, self.k_norm = self.norm(c, c.n_heads), self.norm(c, c.n_kv_heads)
+
+    def norm(self, c: Config, n_heads: int) -> RMSNorm:
+        return HeadNorm(c, c.d_head)
 
     def project(self, name: str, x: Tensor, rules: Rules) -> Tensor:
         y = super().project(name, x, rules)
         return y if name == "v" else getattr(self, f"{name}_norm")(y, rules)
 
 
-class AttentionWithNorms(AttentionWithHeadNorms):
-    """OLMo: queries and keys are normed, all heads as one vector."""
+class OlmoAttention(NormedAttention):
+    """All heads are normed as one vector."""
 
-    def __init__(self, c: Config, layer: int):
-        super().__init__(c, layer)
-        self.q_norm, self.k_norm = RMSNorm(c, c.n_heads * c.d_head), RMSNorm(c, c.n_kv_heads * c.d_head)
+    def norm(self, c: Config, n_heads: int) -> RMSNorm:
+        return RMSNorm(c, n_heads * c.d_head)
 
 
 class Qwen3Block(SequentialBlock):
-    attention = AttentionWithHeadNorms
+    attention = NormedAttention
 
 
 class Gemma3Block(SandwichBlock):
-    attention = AttentionWithHeadNorms
+    attention = NormedAttention
 
 
 class OlmoBlock(SandwichBlock):
-    """Norms after attention and MLP only; these read the stream as it is."""
+    """The stream is normed after attention and MLP, and not before."""
 
-    attention = AttentionWithNorms
+    attention = OlmoAttention
 
     def __init__(self, c: Config, layer: int):
         super().__init__(c, layer)
@@ -98,16 +108,16 @@ BLOCKS |= {"qwen3": Qwen3Block, "gemma3": Gemma3Block, "olmo": OlmoBlock}
 
 def yarn(freqs: list[float], rope: dict) -> Rotary:
     """Frequencies that turn less than beta_slow times in the original context are slowed by `factor`; those that turn
-    more than beta_fast times are kept; between, blended by their number. What is rotated grows. (arXiv 2309.00071)
+    more than beta_fast times are kept; between, blended. Queries and keys grow by a scale. (arXiv 2309.00071)
     """
-    n, context, factor = len(freqs), rope.get("original_max_position_embeddings"), rope["factor"]
-    context, theta = context or rope["max_position_embeddings"], rope.get("rope_theta") or 10000.0
+    n, context, factor = len(freqs), original_context(rope), rope["factor"]
+    theta = rope.get("rope_theta") or 10000.0
 
-    def number(turns: float) -> float:
-        """Of the frequency, counted from 0, that turns so often in the original context."""
+    def index(turns: float) -> float:
+        """Where among the frequencies the one is, or would be, that makes so many turns in the original context."""
         return n * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
 
-    first, last = number(rope.get("beta_fast") or 32), number(rope.get("beta_slow") or 1)
+    first, last = index(rope.get("beta_fast") or 32), index(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * n - 1)
@@ -123,12 +133,20 @@ def longrope(freqs: list[float], rope: dict) -> Rotary:
 
     Longer prompts would take others for all positions; phi3_config() leaves them out. (arXiv 2402.13753)
     """
-    factors, context = rope["short_factor"], rope["original_max_position_embeddings"]
+    factors, context = rope["short_factor"], original_context(rope)
     if len(factors) != len(freqs):
         raise ValueError(f"short_factor in config.json has {len(factors)} numbers for {len(freqs)} frequencies")
     stretch = rope.get("factor") or rope["max_position_embeddings"] / context
     scale = rope.get("attention_factor") or math.sqrt(1 + max(0.0, math.log(stretch)) / math.log(context))
     return Rotary(tuple(f / factor for f, factor in zip(freqs, factors)), float(scale))
+
+
+def original_context(rope: dict) -> int:
+    """How many positions the model was first trained with."""
+    context = rope.get("original_max_position_embeddings") or rope["max_position_embeddings"]
+    if not is_size(context) or context < 2:
+        raise ValueError(f"config.json gives original_max_position_embeddings = {quote(context)}")
+    return context
 
 
 ROPES |= {"yarn": yarn, "longrope": longrope, "su": longrope}
@@ -137,6 +155,8 @@ ROPES |= {"yarn": yarn, "longrope": longrope, "su": longrope}
 def ropes_by_type(hf: dict, local_theta: float) -> dict:
     """rope_parameters as transformers 5 writes them for two types of layers; 4 stretches the full layers only."""
     given = hf.get("rope_parameters") or {}
+    if given and "full_attention" not in given:
+        raise ValueError("rope_parameters in config.json must have full_attention and sliding_attention")
     full = {"rope_theta": hf["rope_theta"], **(hf.get("rope_scaling") or {}), **given.get("full_attention", {})}
     local = {"rope_theta": local_theta, **given.get("sliding_attention", {})}
     return {"full_attention": full, "sliding_attention": local}
@@ -205,9 +225,7 @@ OLMO_NAMES = {
 }
 FUSED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 PHI3_NAMES = {theirs: ours for theirs, ours in LLAMA_NAMES.items() if not theirs.endswith(FUSED)} | {
-    "model.layers.{}.self_attn.qkv_proj": (
-        "blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v", FixUp(load_stacked, AS_IT_IS.save),
-    ),
+    "model.layers.{}.self_attn.qkv_proj": (*QKV, FixUp(load_stacked, AS_IT_IS.save)),
     "model.layers.{}.mlp.gate_up_proj": ("blocks.{}.mlp.gate", "blocks.{}.mlp.up", AS_IT_IS),
 }  # fmt: skip
 FAMILIES |= {

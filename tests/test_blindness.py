@@ -14,7 +14,7 @@ from support.statistics import by_layer
 NODES = ["resid_pre", "attn_out", "mlp_out"]
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "gemma3", "olmo3"])
+@pytest.mark.parametrize("name", [*FAMILIES, "gemma3"])
 def test_the_parts_add_up_to_the_scores(name, checkpoint, pair):
     model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
     atp = relp.attribute(model, *pair, NODES)
@@ -46,6 +46,8 @@ def test_a_node_that_is_the_stream(checkpoint, pair):
     torch.testing.assert_close(parts.size, torch.ones(4, 9))
     with pytest.raises(ValueError, match="node must be one of resid_pre, attn_out, mlp_out, got 'z'"):
         take_apart(from_pretrained(str(checkpoint("qwen2")[0])), *pair, "z", 2)
+    with pytest.raises(ValueError, match="olmo3 models do not norm the stream before attention"):
+        take_apart(from_pretrained(str(checkpoint("olmo3")[0])), *pair, "mlp_out", 0)
 
 
 def test_slopes_by_layer():

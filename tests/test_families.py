@@ -248,6 +248,8 @@ def test_head_norms_obey_the_ln_rule(checkpoint):
     ("allenai/Olmo-3-1025-7B", {"rope_scaling": {"rope_type": "yarn"}}, "lacks the field 'factor'"),
     ("Qwen/Qwen3-0.6B", {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}, "mscale_all_dim is not"),
     ("Qwen/Qwen3-0.6B", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "knows default, linear"),
+    ("allenai/Olmo-3-1025-7B", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "must have full_attention"),
+    ("Qwen/Qwen3-0.6B", {"rope_scaling": YARN | {"original_max_position_embeddings": -5}}, "embeddings = -5"),
     ("Qwen/Qwen3-0.6B", {"layer_types": ["chunked_attention"] * 28}, "layer_types has 'chunked_attention'"),
     ("Qwen/Qwen3-0.6B", {"model_type": "qwen3_moe"}, "this project knows gpt2, gpt_neox, qwen2, gemma2, llama, qwen3"),
     ("mistralai/Mistral-7B-v0.1", {"sliding_window": "4096"}, "attention windows"),
