@@ -61,10 +61,12 @@ from support.commandline import (
     read_batch_size,
     read_seed,
     read_thresholds,
+    read_verify,
     readable,
     usable_device,
     whole,
 )
+from support.doubt import DOUBT_NEEDS, doubts
 from support.kept import KeptPatching
 from support.methods import AP, Method, main_method
 from support.positions import overlay
@@ -175,6 +177,7 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device, shown: lis
         whole = earlier.completed(report) if earlier and o.verify and not pcc else report
         arrays = earlier.arrays if earlier else {}
         arrays = arrays | {f"{m}_{node}": value for (m, node), value in scored.scores.items()}
+        arrays |= {f"doubt_{node}": value for node, value in doubts(scored.scores).items()}
         arrays |= {"values": scored.values, **results.prompt_arrays(pairs)}
         results.save(folder / "scores.npz", lambda file: np.savez_compressed(file, **arrays))
         whole.scores_npz = results.fingerprint(folder / "scores.npz")
@@ -204,8 +207,7 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device, shown: lis
             results.save_json(folder / "grid.json", vars(all_sets))
             grids.print_grid(all_sets, o.nodes)
     if o.verify:
-        by = main_method(o.methods)
-        verified = verify(scored, pairs, o.nodes, others, by, o.verify, partial(score, [AP]))
+        verified = verify(scored, pairs, o.nodes, others, *o.ranking, partial(score, [AP]))
         if processes.rank() == 0:
             results.save_json(folder / "verified.json", vars(verified))
             print_verified(verified, methods)
@@ -613,7 +615,9 @@ class NodeOptions(Options):
         partial(one_name, "corruption", tasks.CORRUPTIONS),
     )
     grid: bool = option(False, None, "every subset of the rules, and how well each predicts AP")
-    verify: int | None = option(None, "K", "AP of the K highest-ranked nodes, heads and neurons too, or edges", whole)
+    verify: int | str | None = option(
+        None, "K|doubt:K", "AP of K nodes (heads, neurons too) of largest score or doubt, or edges", read_verify
+    )
     shard: bool = option(False, None, "under torchrun: share the weights out over the processes as well")
 
     def __post_init__(self):
@@ -626,6 +630,14 @@ class NodeOptions(Options):
             self.methods = [name for name in self.methods if name != "ap"]
             if not self.methods:
                 raise ValueError("--verify needs a method to rank the nodes by, such as --methods relp")
+            if self.ranking[0] == "doubt" and not set(DOUBT_NEEDS) <= set(self.methods):
+                raise ValueError("--verify doubt:K ranks by |RelP - AtP|: both must be among the --methods")
+
+    @property
+    def ranking(self) -> tuple[str, int]:
+        """What --verify ranks by, a method or doubt, and how many nodes it verifies."""
+        by, _, k = str(self.verify).rpartition(":")
+        return by or main_method(self.methods), int(k)
 
 
 @dataclass(kw_only=True)
@@ -683,13 +695,15 @@ class EdgeOptions(Options):
         None, "FILE", "prompt pairs to judge circuits by, as in --prompts", partial(not_empty, "a file")
     )
     level: str = option("edge", "edge|node", "what circuits are made of", partial(one_name, "level", ("edge", "node")))
-    verify: int | None = instead(NodeOptions, "verify", None)
+    verify: int | str | None = instead(NodeOptions, "verify", None)
 
     def __post_init__(self):
         super().__post_init__()
         if self.methods is None:  # exact patching of every edge is for small models
             exact = ["ap"] if set(self.model) <= {*TOYS, *DEEP_TOYS, "toy-qwen3", "toy-planted"} else []
             self.methods = [*exact, "atp", "relp", "twopoint", "eap-ig-5", "eap-ig-30"]
+        if isinstance(self.verify, str):
+            raise ValueError(f"--verify {self.verify} has no meaning with --task edges: only nodes have a doubt")
         if self.verify:
             self.methods = [name for name in self.methods if name != "ap"]
         if self.methods in ([], ["ap"]):

@@ -89,6 +89,16 @@ def read_batch_size(text: str) -> str:
     return text if text == "auto" else str(whole(text))
 
 
+def read_verify(text: str) -> int | str:
+    """K as a number, or doubt:K as text."""
+    k = text.removeprefix("doubt:")
+    try:
+        int(k)
+    except ValueError:
+        raise ValueError(f"K or doubt:K is needed, K a whole number, got {text!r}") from None
+    return whole(k) if k == text else f"doubt:{whole(k)}"
+
+
 def not_empty(what: str, text: str) -> str:
     if not text:
         raise ValueError(f"{what} is needed, got {text!r}")

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 import relp
+from support.doubt import DOUBT_NEEDS, doubts
 from support.methods import Method
 from support.positions import laid_over, legend, overlay
 from tasks import Pair
@@ -18,12 +19,13 @@ COLORS = {
     "twopoint": "#2a9d5c",
     "ig": "#e08a1e",
 }
+DOUBT = "Purples"  # from white
 
 
 def heatmaps(
     title: str, scores: dict, methods: list[Method], nodes: list[str], pairs: list[Pair], metric: str
 ) -> Figure:
-    """Mean scores over layer and position: a row per method, AP first; a column per node kind.
+    """Mean scores over layer and position: a row per method, AP first; a column per node kind. Last the row of doubt.
 
     scores: {(method, node): [n, layers, positions, ...]}. Heads are shown by layer and head, the sum over positions;
     neurons by layer and position, the sum over neurons.
@@ -40,16 +42,25 @@ def heatmaps(
             maps, what = [values.sum(-1) for values in maps], "position, all neurons"
         kinds[node] = maps, ticks, what
     widths = [1.2 + 0.22 * len(ticks) for _, ticks, _ in kinds.values()]
-    figure = Figure(figsize=(1.2 + sum(widths), 1.4 + len(methods) * (0.7 + 0.16 * n_layers)), layout="constrained")
-    axes = figure.subplots(len(methods), len(kinds), squeeze=False, sharex="col", sharey=True, width_ratios=widths)
+    label_of = {method.name: method.label for method in methods}
+    has_doubt = set(DOUBT_NEEDS) <= label_of.keys()
+    n_rows = len(methods) + has_doubt
+    figure = Figure(figsize=(1.2 + sum(widths), 1.4 + n_rows * (0.7 + 0.16 * n_layers)), layout="constrained")
+    axes = figure.subplots(n_rows, len(kinds), squeeze=False, sharex="col", sharey=True, width_ratios=widths)
     for column, (node, (maps, ticks, what)) in zip(axes.T, kinds.items()):
         scale = maps[:1] if methods[0].name == "ap" else maps  # AP sets the scale: what exceeds it is wrong
         largest = np.abs(scale).max() or 1.0
         for ax, method, values in zip(column, methods, maps):
             image = draw_map(ax, values, largest, f"{method.label}, {node}")
+        figure.colorbar(image, ax=column[: len(methods)], extend="both", shrink=0.8)
+        if has_doubt:
+            doubt = doubts({(method.name, node): values for method, values in zip(methods, maps)})[node]
+            one, other = (label_of[name] for name in DOUBT_NEEDS)
+            image = draw_map(column[-1], doubt, doubt.max() or 1.0, f"doubt: |{one} - {other}|, {node}", DOUBT)
+            figure.colorbar(image, ax=column[-1])
+        for ax in column:
             ax.set_xticks(range(len(ticks)), ticks, rotation=90 if ticks is labels else 0, fontsize=7)
         column[-1].set_xlabel(what)
-        figure.colorbar(image, ax=column, extend="both", shrink=0.8)
     for ax in axes[:, 0]:
         ax.set_ylabel("layer")
     shown = int((at >= 0).any(1).sum())
@@ -88,9 +99,10 @@ def heatmap(scores: dict, labels: list[str], title: str = "") -> Figure:
     return figure
 
 
-def draw_map(ax: Axes, values: np.ndarray, largest: float, title: str) -> AxesImage:
-    """Scores [layers, positions] from -largest (blue) to largest (red)."""
-    image = ax.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", origin="lower")
+def draw_map(ax: Axes, values: np.ndarray, largest: float, title: str, cmap: str = "RdBu_r") -> AxesImage:
+    """Scores [layers, positions] from -largest (blue) to largest (red). In DOUBT's colours, doubt from 0 to largest."""
+    least = 0 if cmap == DOUBT else -largest
+    image = ax.imshow(values, cmap=cmap, vmin=least, vmax=largest, aspect="auto", origin="lower")
     ax.set_title(title, fontsize=9)
     ax.yaxis.get_major_locator().set_params(integer=True)
     return image

@@ -3,7 +3,8 @@
 What a run has is packed into `Shown`, one for each model (for --task sva, one for each structure). The page has maps of
 rows and columns: layers and tokens, or for edges writers and readers. A map is stored in 16 bits per score, with one
 scale: a score is exact to 1/65534 of the largest one in its map (there is one map per method and kind of node for the
-means over the pairs, and another for the pairs one by one). "No value" is kept apart from 0.
+means over the pairs, and another for the pairs one by one). "No value" is kept apart from 0. Doubt is computed in the
+page, from RelP's and AtP's maps.
 """
 
 import base64

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from models import Rules, first_line
+from support.doubt import DOUBT_NEEDS
 from support.processes import say
 from support.scoring import Scores
 from support.statistics import Estimate
@@ -284,6 +285,8 @@ def earlier_run(folder: Path, pairs: list[Pair], arguments: dict) -> Earlier | N
             dropped.add(method)
             for key in of_method:
                 del arrays[key]
+    if dropped & set(DOUBT_NEEDS):
+        arrays = {key: array for key, array in arrays.items() if not key.startswith("doubt_")}
     eps = torch.finfo(getattr(torch, arguments["dtype"])).eps
     return Earlier(arrays, summary, eps, dropped)
 

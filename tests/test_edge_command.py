@@ -592,6 +592,7 @@ def test_columns_do_not_touch(edges, tiny):
     (["--grid"], ["--grid", "--task edges"]),
     (["--shard"], ["--shard", "--task edges"]),
     (["--steps", "3"], ["--steps", "--task edges"]),
+    (["--verify", "doubt:5"], ["--verify doubt:5", "--task edges"]),
     (["--level", "head"], ["level", "head", "node"]),
     (["--level", "node", "--task", "sva"], ["--level", "--task sva"]),
     (["--judge", "no-such-file.jsonl"], ["no-such-file.jsonl"]),

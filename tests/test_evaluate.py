@@ -166,7 +166,7 @@ def test_files_hold_what_they_say(name, source, tiny, results, tmp_path):
 
     # the arrays
     beside = {"lengths", "original_tokens", "patch_tokens", "answers", "values"}
-    assert scores.keys() == {f"{m}_{node}" for m in ("ap", "atp", "relp") for node in NODES} | beside
+    assert scores.keys() == {f"{m}_{node}" for m in ("ap", "atp", "relp", "doubt") for node in NODES} | beside
     shape = (n, model.config.n_layers, max(lengths))
     assert scores["lengths"].tolist() == lengths and scores["answers"].tolist() == [list(p.answers) for p in pairs]
     for key in ("original", "patch"):

@@ -475,8 +475,12 @@ def nodes_page(pairs, tmp_path_factory):
 
 
 def expect(shown, scores, index):
-    """The readout shows these scores, and their errors, to the precision of the page."""
+    """The readout shows these scores, their errors, and doubt if it is there, to the precision of the page."""
     exact = 2e-4 * max(float(np.nanmax(np.abs(values))) for values in scores.values())
+    if "atp" in scores:
+        wanted = abs(float(scores["relp"][index] - scores["atp"][index]))
+        assert shown.pop("doubt") == [pytest.approx(wanted, abs=exact)]
+    assert shown.keys() == scores.keys()
     ap = float(scores["ap"][index])
     for name, (score, error, _) in shown.items():
         assert score == pytest.approx(float(scores[name][index]), abs=exact), name
@@ -499,7 +503,7 @@ def test_pointing_at_a_cell_shows_its_numbers_everywhere(browser, nodes_page):
         assert where == f"resid_pre, layer {row}, {overlay(nodes_page.pairs)[0][column].strip()}"
         expect(shown, means, (row, column))
         boxes = browser.run("return [...document.querySelectorAll('.marker.here')].map(m => m.style.cssText)")
-        assert len(boxes) == 3 and len(set(boxes)) == 1  # in all maps
+        assert len(boxes) == 4 and len(set(boxes)) == 1  # in all maps, doubt's too
     browser.choose("#kind", 2)
     browser.choose("#pair", 4)
     n = len(nodes_page.pairs[4].original)
@@ -518,6 +522,42 @@ def test_pointing_at_a_cell_shows_its_numbers_everywhere(browser, nodes_page):
     )
     browser.mouse(*corner)  # a token of the prompts
     assert browser.run("return [state.here.row, state.here.column]") == [1, 5]
+    assert browser.faults() == ([], [])
+
+
+def test_the_map_of_doubt(browser, nodes_page):
+    """|RelP - AtP|, after the methods' maps, from 0 to its own largest value; it is no method, and has no error."""
+    browser.open(nodes_page.path)
+    colors = (  # of a pixel in each cell
+        "const canvas = document.querySelector('figure[data-method=doubt] canvas'), density = devicePixelRatio;"
+        "const copy = make('canvas', '', {width: canvas.width, height: canvas.height});"
+        "const context = copy.getContext('2d', {willReadFrequently: true});"
+        "context.drawImage(canvas, 0, 0);"
+        "return arguments[0].map(([row, column]) => { const {x, y} = corner({row, column}); return [..."
+        "context.getImageData((x + 5) * density, (y + 5) * density, 1, 1).data].slice(0, 3); })"
+    )
+    figures = "return [...document.querySelectorAll('figure')].map(figure => figure.dataset.method)"
+    for kind, pair in ((0, None), (3, None), (2, 1)):  # the heads' is that of their sums
+        browser.choose("#kind", kind)
+        browser.choose("#pair", -1 if pair is None else pair)
+        maps = of_kind(nodes_page, [*NODES, "head"][kind], pair)
+        maps = {m: (x.sum(-1) if kind == 3 else x).astype(float) for m, x in maps.items()}
+        doubt = np.abs(maps["relp"] - maps["atp"])
+        cells = [np.unravel_index(i, doubt.shape) for i in (np.nanargmin(doubt), np.nanargmax(doubt))]
+        least, most = browser.run(colors, [[int(i) for i in cell] for cell in cells])
+        assert most == [63, 0, 125] and np.abs(np.array(least) - [240, 240, 238]).max() <= 2
+        assert browser.run(figures) == ["ap", "atp", "relp", "doubt"]
+        assert f"from 0 to {np.nanmax(doubt):.3g}" in browser.text("figure[data-method=doubt] figcaption")
+        before = browser.run("return [...view.drawn.doubt]")
+        drawn = np.array(before, float).reshape(len(doubt), -1)
+        assert drawn == pytest.approx(doubt[:, : drawn.shape[1]], abs=1e-3 * np.nanmax(doubt))
+        browser.click("#error")
+        assert browser.run("return [...view.drawn.doubt]") == before
+        browser.click("#error")
+    listed = browser.run("return [...document.querySelectorAll('#list-method option')].map(x => x.value)")
+    assert listed == browser.run("return predictors().map(m => m.name)") == ["atp", "relp"]  # of list and scatter
+    browser.click("#dark")
+    assert "lightest" in browser.text("figure[data-method=doubt] figcaption")
     assert browser.faults() == ([], [])
 
 

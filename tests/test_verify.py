@@ -1,4 +1,7 @@
-"""--verify: AP of only those nodes that a cheap method ranks highest, every number computed again another way."""
+"""--verify: AP of only those nodes that a cheap method ranks highest, every number computed again another way.
+
+And doubt, by which it may rank too: in the files and in the figure.
+"""
 # ruff: noqa: F811 (fixtures that are imported)
 
 import json
@@ -10,7 +13,10 @@ from test_evaluate import results, run, tiny  # noqa: F401
 from test_grid import of_length, setting  # noqa: F401
 
 import relp
-from support.positions import overlay
+from support.doubt import doubts
+from support.figures import DOUBT, heatmaps
+from support.methods import AP, ATP, Method
+from support.positions import laid_over, overlay
 
 
 @pytest.fixture
@@ -138,3 +144,100 @@ def test_an_earlier_ap_stays(tiny, run, verified, setting, tmp_path):
 def test_more_nodes_than_there_are(verified):
     found, out = verified("--pairs", 2, "--nodes", "mlp_out", "--methods", "relp", "--verify", 1000)
     assert len(found["nodes"]) == found["of"] == 2 * 16 and found["bound"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Doubt
+
+
+@pytest.mark.parametrize("methods", ["atp,relp", "relp,twopoint,atp"])
+def test_verify_by_doubt(methods, verified, setting, tmp_path):
+    """AP of exactly those K nodes whose averaged RelP and AtP differ most; the line below is of RelP's scores."""
+    nodes, given = ["mlp_out", "head"], ["--methods", methods, "--verify", "doubt:8"]
+    found, out = verified("--pairs", 5, "--nodes", ",".join(nodes), *given)
+    scores, (_, pairs) = scores_of(tmp_path / "out" / "gpt2-ioi"), setting("gpt2", 5)
+    roles, at = overlay(pairs)
+    every = []
+    for node in nodes:
+        one, other = (laid_over(scores[f"{m}_{node}"], at).astype(float) for m in ("relp", "atp"))
+        for layer, label, *part in np.ndindex(one.shape):
+            place = (layer, label, *part)
+            size = abs(one[place] - other[place])
+            every.append((size, node, layer, roles[label], part[0] if part else None))
+    every.sort(key=lambda row: -row[0])
+    assert found["ranked_by"] == "doubt" and found["of"] == len(every)
+    places = [(row["node"], row["layer"], row["position"], row["part"]) for row in found["nodes"]]
+    assert places == [row[1:] for row in every[:8]]
+    assert [row["doubt"] for row in found["nodes"]] == pytest.approx([row[0] for row in every[:8]], rel=1e-3)
+    assert found["bound"] == pytest.approx(every[8][0], rel=1e-3)
+    assert "the 8 nodes of" in out and "with the largest doubt, |RelP - AtP|; AP of only these" in out
+    head, *lines = out[out.index("  node ") : out.index("  over them: ")].splitlines()
+    assert head.split()[-1] == "doubt" and head.split()[4] == "AP"
+    for line, row in zip(lines, found["nodes"]):
+        assert float(line.split()[-1]) == pytest.approx(row["doubt"], abs=6e-4)
+    score, ap = (np.array([row["scores"][m] for row in found["nodes"]]) for m in ("relp", "ap"))
+    assert f"largest difference {np.abs(score - ap).max():.3f}; no other node has a doubt beyond" in out
+    assert not any(key.startswith("ap_") for key in scores)
+    by_size, _ = verified("--pairs", 5, "--nodes", ",".join(nodes), "--methods", methods, "--verify", 8)
+    assert by_size["ranked_by"] == "relp" and "doubt" not in by_size["nodes"][0]
+
+
+def test_ap_of_a_doubtful_node_is_ap(verified, tiny, results, setting):
+    found, _ = verified("--pairs", 4, "--nodes", "mlp_out", "--methods", "atp,relp", "--verify", "doubt:6")
+    _, scores = results(tiny["gpt2"], "--pairs", 4, "--nodes", "mlp_out", "--methods", "ap")
+    _, pairs = setting("gpt2", 4)
+    roles, _ = overlay(pairs)
+    for row in found["nodes"]:
+        wanted = averaged(scores["ap_mlp_out"], pairs, row["layer"], roles.index(row["position"]))
+        assert row["scores"]["ap"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_doubt_in_the_file(tiny, results):
+    """Of every pair and cell, if both methods are there: of one run, or of two."""
+    given = [tiny["gpt2"], "--pairs", 4, "--nodes", "mlp_out,head"]
+
+    def doubts_of(*arguments):
+        _, scores = results(*given, *arguments)
+        return scores, {key for key in scores if key.startswith("doubt_")}
+
+    assert doubts_of("--methods", "atp")[1] == set()
+    both = {"doubt_mlp_out", "doubt_head"}
+    scores, names = doubts_of("--methods", "relp")  # added to AtP's
+    assert names == both
+    for node in ("mlp_out", "head"):
+        wanted = np.abs(scores[f"relp_{node}"] - scores[f"atp_{node}"])
+        np.testing.assert_array_equal(scores[f"doubt_{node}"], wanted)
+        assert scores[f"doubt_{node}"].dtype == np.float32 and np.nanmax(wanted) > 0 and np.isnan(wanted).any()
+    assert doubts_of("--methods", "ap")[1] == both
+    assert doubts_of("--methods", "atp", "--rules", "ln")[1] == set()  # RelP's scores of other rules are dropped
+    scores, names = doubts_of("--methods", "relp", "--rules", "none")
+    assert names == both and np.nanmax(scores["doubt_head"]) == 0
+
+
+def test_doubt_is_of_what_both_have_scored():
+    one = np.array([[1.0, -2.0, np.nan]])
+    scores = {("relp", "z"): one, ("atp", "z"): -one, ("relp", "q"): one, ("atp", "k"): one, ("ap", "z"): one}
+    found = doubts(scores)
+    assert found.keys() == {"z"} and found["z"].tolist()[0][:2] == [2, 4] and np.isnan(found["z"][0, 2])
+
+
+def test_the_figures_row_of_doubt(setting):
+    """The last row, if both methods are there: the difference of the two maps above it, from 0 to its largest."""
+    _, pairs = setting("gpt2", 5)
+    rng, longest = np.random.default_rng(0), max(len(pair.original) for pair in pairs)
+    relp_, nodes = Method("relp", "RelP"), {"mlp_out": (), "head": (3,)}
+    shape = len(pairs), 2, longest
+    scores = {(m.name, n): rng.normal(size=(*shape, *parts)) for m in (AP, ATP, relp_) for n, parts in nodes.items()}
+    for methods, has_doubt in (([AP, ATP, relp_], True), ([AP, relp_], False), ([ATP, relp_], True)):
+        figure = heatmaps("gpt2", scores, methods, list(nodes), pairs, "logit_diff")
+        axes = [ax for ax in figure.axes if ax.images and ax.get_title()]
+        assert len(axes) == 2 * (len(methods) + has_doubt)
+        assert ["doubt" in ax.get_title() for ax in axes] == [False] * 2 * len(methods) + [True, True] * has_doubt
+        assert len(figure.axes) == len(axes) + 2 + 2 * has_doubt  # and the colour bars
+        for ax, node in zip(axes[2 * len(methods) :], nodes):
+            maps = {m: laid_over(scores[m, node], overlay(pairs)[1]) for m in ("relp", "atp")}
+            maps = {m: values.sum(1) if node == "head" else values for m, values in maps.items()}
+            (image,) = ax.images
+            assert np.asarray(image.get_array()) == pytest.approx(np.abs(maps["relp"] - maps["atp"]))
+            assert ax.get_title() == f"doubt: |RelP - AtP|, {node}" and image.get_cmap().name == DOUBT
+            assert image.get_clim() == pytest.approx((0, np.abs(maps["relp"] - maps["atp"]).max()))
