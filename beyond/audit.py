@@ -63,8 +63,8 @@ def mlp_gradient(m, x, x2, y, c, on, rounded):
         slope = m.phi(a) if "identity" in on else derivative(a)
     if m.gate is None:
         return [c * slope.to(c)]
-    first, share = (act(a2), 1) if "half2" in on else (act(a), 0.5 if "half" in on else 1)
-    return [share * c * x[1] * slope.to(c), share * c * first.to(c)]
+    b, share = ((x[1] + x2[1]) / 2, 1) if "half2" in on else (x[1], 0.5 if "half" in on else 1)
+    return [share * c * b * slope.to(c), share * c * act(a).to(c)]
 
 
 def attention_gradient(m, x, x2, y, c, on, rounded):

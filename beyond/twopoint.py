@@ -6,12 +6,12 @@ original run's x, rho can be right for the change from x to x' rather than for a
     row             RelP                 two-point
     ln              x [1 / s]            x [mean of 1 / s and 1 / s']
     identity        x [phi(x)]           x [(y' - y) / (x' - x)], the secant of the activation function y
-    half            half of each a*b     a [b] + [a'] b: a goes to its new value first, then b
+    half            half of each a*b     a [mean of b and b'] + [a] b
     attention       no rule              the softmax's derivative at the mean of both runs' scores;
-                                         pattern times values: A [mean of v and v'] + [A] v
+                                         pattern times values as the gate's product
 
-It costs the same two forward passes and one backward pass. The method `twopoint` has the rows identity and attention,
-with RelP's LN- and Half-rule. README.md in this folder says how that was chosen, where it helps and where not.
+It costs the same two forward passes and one backward pass. README.md in this folder says how these rules were chosen,
+where they help and where not.
 """
 
 from collections import deque
@@ -65,8 +65,8 @@ class TwoPoint(Rules):
         return y if patch is None else backward_as(y, x * secant(x.detach(), *patch, phi))
 
     def gate(self, a: Tensor, b: Tensor) -> Tensor:
-        patch = self.patch_run("half", a)
-        return super().gate(a, b) if patch is None else product(torch.mul, a, *patch, b)
+        patch = self.patch_run("half", b)
+        return super().gate(a, b) if patch is None else product(torch.mul, a, b, *patch)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
         patch = self.patch_run("attention", q, k, v)
@@ -93,22 +93,22 @@ def secant(x: Tensor, x_patch: Tensor, phi: Callable) -> Tensor:
     return (high * phi(high) - low * phi(low)) / (high - low)
 
 
-def product(times: Callable, a: Tensor, a_patch: Tensor, b: Tensor) -> Tensor:
-    """times(a, b); on the way back a [b] + [a'] b."""
-    return backward_as(times(a, b), times(backward_as(a_patch, a), b))
+def product(times: Callable, a: Tensor, b: Tensor, b_patch: Tensor) -> Tensor:
+    """times(a, b); on the way back a [mean of b and b'] + [a] b.
+
+    If AP patches values, it leaves the pattern as it is: so the coefficient of b is this run's a. But whatever changes
+    the pattern may change the values with it.
+    """
+    return backward_as(times(a, b), times(a, mid(b.detach(), b_patch)) + times(a.detach(), b))
 
 
 def step_by_step(attend: Attend, q: Tensor, k: Tensor, v: Tensor, *patch: Tensor) -> Tensor:
-    """attend(q, k, v) with the pattern formed, and what softmax and product pass back by the two-point rule.
-
-    The values' coefficient is the pattern of the original run: if AP patches values, it leaves the pattern as it is.
-    """
+    """attend(q, k, v) with the pattern formed, and what softmax and product pass back by the two-point rule."""
     q_patch, k_patch, v_patch = patch
     scores = attend.scores(q, k)
     between = backward_as(mid(scores.detach(), attend.scores(q_patch, k_patch)), scores)
     pattern = attend.node("pattern", backward_as(attend.softmax(scores), attend.softmax(between)).to(v.dtype))
-    by_rule = attend.mix(pattern, mid(v.detach(), v_patch)) + attend.mix(pattern.detach(), v)
-    return backward_as(attend.mix(pattern, v), by_rule)
+    return product(attend.mix, pattern, v, v_patch)
 
 
 class InBlocks(torch.autograd.Function):
@@ -150,9 +150,11 @@ class Notes(deque):
         return self.popleft()
 
 
-# Two rows are taken between the runs, the others are the family's in Table 4. A norm's coefficient cannot be right both
-# for a small change of what it divides and for a whole replacement, and the LN-rule does better on unseen models.
-TWO_POINT = {family: TwoPoint(**vars(rules), two_point=("identity", "attention")) for family, rules in TABLE_4.items()}
+# The two-point rules of each family: its rows in Table 4, and attention.
+TWO_POINT = {
+    family: TwoPoint(**vars(rules), two_point=tuple(row for row in ROWS if row == "attention" or getattr(rules, row)))
+    for family, rules in TABLE_4.items()
+}
 
 
 def attribute(

@@ -544,7 +544,7 @@ MUTANTS = {  # (request, the file, in its text, instead, what the audit says)
         "identity2 + half2: not the gradient owed in blocks.0.mlp",
     ),
     "half2": (
-        BOTH, "twopoint", "product(torch.mul, a, *patch, b)", "a * b", "half2: changed no gradient in blocks.0.mlp",
+        BOTH, "twopoint", "product(torch.mul, a, b, *patch)", "a * b", "half2: changed no gradient in blocks.0.mlp",
     ),
     "half2 the other way round": (
         BOTH, "models", "rules.gate(self.activate(self.gate(x, rules), rules), self.up(x, rules))",
@@ -560,7 +560,7 @@ MUTANTS = {  # (request, the file, in its text, instead, what the audit says)
         "attention2: not the gradient owed in blocks.0.attn",
     ),
     "attention2 without the values": (
-        BOTH, "twopoint", "mid(v.detach(), v_patch)", "v.detach()",
+        BOTH, "twopoint", "product(attend.mix, pattern, v, v_patch)", "attend.mix(pattern, v)",
         "attention2: not the gradient owed in blocks.0.attn",
     ),
     "attention2 and not in one kernel": (
