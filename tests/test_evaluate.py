@@ -217,7 +217,7 @@ def test_files_hold_what_they_say(name, source, tiny, results, tmp_path):
             for part, keep in ((got, ~padding), (got["changed_cells"], changed)):
                 by_hand = pcc_by_hand(*arrays, groups, keep)
                 assert {measure: part[measure] for measure in by_hand} == pytest.approx(by_hand, abs=1e-5)
-                assert part["interval"].keys() == part.keys() - {"interval", "changed_cells"} == MEASURES
+                assert part["interval"].keys() == part.keys() - {"interval", "changed_cells", "by_layer"} == MEASURES
             measures = statistics.agreement(*map(torch.tensor, arrays), groups, weights=weights)
             for measure, values in measures.items():
                 value, low, high = statistics.estimate(values)
