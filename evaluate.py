@@ -68,12 +68,13 @@ from support.commandline import (
 )
 from support.doubt import DOUBT_NEEDS, doubts
 from support.kept import KeptPatching
+from support.memory import BatchSize, check_patterns, out_of_memory
 from support.methods import AP, Method, main_method
 from support.positions import overlay
 from support.processes import say
 from support.progress import BAR
 from support.saes import load_saes
-from support.scoring import batches, tensors
+from support.scoring import batches, on_a_few, tensors
 from support.tokenizer import load_tokenizer
 
 TOYS = ["toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2"]
@@ -119,14 +120,17 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device, shown: lis
     )
     metric, groups = relp.METRICS[o.metric], [pair.group for pair in pairs]
     methods = [method(m, model.config.family, o.rules, o.steps) for m in o.methods]
-    audits = audit_methods(model, methods, pairs, device)
-    conserved = conserved_by(model, methods, pairs, metric, device)
+    check_patterns(model, o.nodes, methods, max(len(pair.original) for pair in pairs), device)
+    batch_size = BatchSize(o.batch_size, lockstep=o.shard)
+    a_few = {"model": model, "pairs": pairs, "device": device, "batch_size": batch_size}
+    audits = audit_methods(methods, **a_few)
+    conserved = conserved_by(methods, metric, **a_few)
 
     # the scores; what an earlier run on the same pairs has left is not computed again, or not lost
     folder = results.folder_of(o.out, name, o.prompts, o.task, list(TASKS))
     earlier = results.earlier_run(folder, pairs, arguments(o, device))
     run_ap = KeptPatching(folder, [o.nodes, o.metric, o.dtype, str(device)], earlier if o.grid else None)
-    how = {"nodes": o.nodes, "metric": metric, "device": device, "batch_size": o.batch_size, "lockstep": o.shard}
+    how = {"nodes": o.nodes, "metric": metric, "device": device, "batch_size": batch_size, "lockstep": o.shard}
     score = partial(scoring.score_pairs, name, model, pairs, **how)  # score(methods, run_ap=...) -> scoring.Scores
     scored = score(methods, run_ap=run_ap)
     if run_ap.seconds_before:
@@ -146,13 +150,10 @@ def evaluate_nodes(name: str, o: "NodeOptions", device: torch.device, shown: lis
     pcc, differences = {}, {}
     if AP in methods:
         pcc, differences = statistics.agreements(scored.scores, scored.differs, o.nodes, others, weights, groups)
-    original, patch, answers = tensors([pairs[i] for i in next(batches(pairs, 4))], device)
-    with torch.no_grad():
-        answers = relp.targets(model, model.stream(patch), answers, metric)
-    rounding = scoring.rounding(model, original, answers, metric)
+    rounding = on_a_few(partial(scoring.rounding, model, metric=metric), **a_few)
     drowned = scoring.drowned({node: scored.scores[methods[0].name, node] for node in o.nodes}, rounding)
     values = torch.tensor(scored.values)
-    right = scoring.right(model, pairs, values, metric, device)
+    right = scoring.right(model, pairs, values, metric, device, batch_size)
     report = results.NodeReport(
         model=name,
         prompt_pairs=len(pairs),
@@ -238,24 +239,30 @@ def node_pairs(name: str, model: models.Transformer, o: "NodeOptions") -> list[t
     return tasks.ioi(tokenizer, o.pairs, o.seed, o.corruption, not o.no_bos)
 
 
-def audit_methods(model, methods: list[Method], pairs: list[tasks.Pair], device: torch.device) -> dict:
-    """The audit's report on each method that has rules, on up to four pairs of one length."""
-    original, patch, _ = tensors([pairs[i] for i in next(batches(pairs, 4))], device)
-    return {m.name: audit(model, original, m.lrp, patch) for m in methods if m.lrp is not None}
+def audit_methods(methods: list[Method], model, **a_few) -> dict:
+    """The audit's report on each method that has rules; a_few: the pairs and so on, see on_a_few()."""
+
+    def report(m: Method) -> dict:
+        return on_a_few(lambda original, patch, _: audit(model, original, m.lrp, patch), model, **a_few)
+
+    return {m.name: report(m) for m in methods if m.lrp is not None}
 
 
-def conserved_by(model, methods: list[Method], pairs: list[tasks.Pair], metric, device) -> dict | None:
-    """RelP's conservation on up to four pairs of one length.
+def conserved_by(methods: list[Method], metric, model, **a_few) -> dict | None:
+    """RelP's conservation; a_few: the pairs and so on, see on_a_few().
 
     None if it is not defined: for rules that look at two runs, and for weights that are shared out.
     """
     lrp = next((m.lrp for m in methods if m.name == "relp"), None)
     if lrp is None or hasattr(lrp, "two_runs") or processes.world() > 1:
         return None
-    original, patch, answers = tensors([pairs[i] for i in next(batches(pairs, 4))], device)
-    with torch.no_grad():
-        answers = relp.targets(model, model.stream(patch), answers, metric)
-    return conservation.conservation(model, original, answers, metric, lrp)
+
+    def conserved(original, patch, answers):
+        with torch.no_grad():
+            answers = relp.targets(model, model.stream(patch), answers, metric)
+        return conservation.conservation(model, original, answers, metric, lrp)
+
+    return on_a_few(conserved, model, **a_few)
 
 
 def in_order(methods: list[Method]) -> list[Method]:
@@ -297,12 +304,13 @@ def evaluate_circuits(name: str, o: "CircuitOptions", device: torch.device, show
     )
     methods = [method(m, model.config.family, o.rules, o.steps) for m in o.methods]
     labels = {m.name: m.label for m in methods}
-    audits = audit_methods(model, methods, next(iter(pairs.values()))[0], device)
+    batch_size, discovery = BatchSize(o.batch_size), next(iter(pairs.values()))[0]
+    audits = audit_methods(methods, model, pairs=discovery, device=device, batch_size=batch_size)
 
     # circuits of each structure
     folder, structures = results.folder_of(o.out, name, o.prompts, o.task, list(TASKS)), {}
     for structure, (discovery, held_out) in pairs.items():
-        found = score_units(f"{name} {structure}", model, discovery, units, methods, o, device)
+        found = score_units(f"{name} {structure}", model, discovery, units, methods, o, device, batch_size)
         result = structures[structure] = judge(structure, model, discovery, held_out, units, found, o, device)
         result.chosen = circuits.choose(result)
         prompts = torch.cat(tensors(held_out, device)[:2]).unique(dim=0)
@@ -364,28 +372,40 @@ def circuit_pairs(tokenizer, model: models.Transformer, o: "CircuitOptions") -> 
 
 
 def score_units(
-    title: str, model, pairs: list, units: dict, methods: list[Method], o: "CircuitOptions", device
+    title: str,
+    model,
+    pairs: list,
+    units: dict,
+    methods: list[Method],
+    o: "CircuitOptions",
+    device,
+    batch_size: BatchSize,
 ) -> circuits.Found:
     """Every method's scores of every unit, averaged over the discovery pairs; AP's are of features and errors only."""
     metric, length, saes = relp.METRICS[o.metric], len(pairs[0].original), units["features"]
-    size, rows = scoring.batch_sizes(o.batch_size, model.config, length, device)
+    size, rows = batch_size.chosen(model, length, device)
     size = max(1, min(size, 2**27 // (length * sum(len(sae.W_dec) for sae in saes.values()))))  # 512 MiB of scores
     every = list(batches(pairs, size))
     means, costs, each = {kind: {} for kind in units}, {}, {m.name: {} for m in methods}
     with tqdm(total=len(every) * len(methods), leave=False, disable=None, delay=2, bar_format=BAR) as bar:
         for m in methods:
             bar.set_description_str(f"{title} {m.label}")
-            cost = costs[m.name] = circuits.Cost()
+            cost = circuits.Cost()
+
+            def scored(part, runs, m=m, cost=cost):
+                return score_batch(model, tensors([pairs[i] for i in part], device), units, m, metric, runs, cost)
+
             for numbers in every:
-                tokens = tensors([pairs[i] for i in numbers], device)
-                for kind, scores in score_batch(model, tokens, units, m, metric, rows, cost, len(every)).items():
-                    scoring.check_finite(title, list(scores.values()), model)
-                    total = means[kind].setdefault(m.name, {})
-                    for key, of_pairs in scores.items():
-                        total[key] = total.get(key, 0) + of_pairs.sum(0) / len(pairs)
-                        if kind == "features" and AP in methods:
-                            each[m.name].setdefault(key, []).append(of_pairs.cpu())
+                for _, of_part in batch_size.in_parts(numbers, scored, size, rows if m is AP else 1):
+                    for kind, scores in of_part.items():
+                        scoring.check_finite(title, list(scores.values()), model)
+                        total = means[kind].setdefault(m.name, {})
+                        for key, of_pairs in scores.items():
+                            total[key] = total.get(key, 0) + of_pairs.sum(0) / len(pairs)
+                            if kind == "features" and AP in methods:
+                                each[m.name].setdefault(key, []).append(of_pairs.cpu())
                 bar.update()
+            costs[m.name] = circuits.Cost(cost.forward / len(pairs), cost.backward / len(pairs), cost.seconds)
     if o.sum_positions:
         means = circuits.sum_positions(means)
     agreement = {}
@@ -395,25 +415,26 @@ def score_units(
     return circuits.Found(means, costs, agreement)
 
 
-def score_batch(
-    model, tokens, units: dict, m: Method, metric, rows: int, cost: circuits.Cost, n_batches: int
-) -> dict[str, dict]:
-    """One method's scores of one batch, {kind of unit: {node: [batch, pos, units]}}. Adds to the cost."""
+def score_batch(model, tokens, units: dict, m: Method, metric, rows: int, cost: circuits.Cost) -> dict[str, dict]:
+    """One method's scores of one batch, {kind of unit: {node: [batch, pos, units]}}.
+
+    Adds to the cost; a pass counts as often as there are pairs in the batch.
+    """
     saes, counted, began = units["features"], circuits.Counted(model), time.perf_counter()
     if m is AP:
         scores = {"features": relp.patch_features(counted, *tokens, saes, metric, rows=rows)}
-        edited = counted.rows_read - len(tokens[0])  # rows that were read out, minus those of the original run
-        counted.forward += edited / len(tokens[0])
+        cost.forward += counted.rows_read - len(tokens[0])  # rows that were read out, minus those of the original run
     else:
         terms = relp.propagate(counted, *tokens, saes, metric, **m.options)
         scores = {"features": relp.divide(terms, saes)}
-    cost.seconds += time.perf_counter() - began
-    cost.forward += counted.forward / n_batches
-    cost.backward += counted.backward / n_batches
+    seconds = time.perf_counter() - began
     if m is not AP:  # the cost is that of the features; the MLPs' neurons need further passes
         scores["dimensions"] = relp.divide(terms, units["dimensions"])
         terms = relp.propagate(model, *tokens, units["mlp_neurons"], metric, **m.options)
         scores["mlp_neurons"] = relp.divide(terms, units["mlp_neurons"])
+    cost.seconds += seconds
+    cost.forward += counted.forward * len(tokens[0])
+    cost.backward += counted.backward * len(tokens[0])
     return scores
 
 
@@ -493,7 +514,8 @@ def evaluate_edges(name: str, o: "EdgeOptions", device: torch.device, shown: lis
         f"and {judged_on} to judge them, {o.dtype} on {device}, ready after {time.perf_counter() - began:.1f} s"
     )
     methods, metric = [method(m, model.config.family, o.rules) for m in o.methods], relp.METRICS[o.metric]
-    audits = audit_methods(model, methods, pairs, device)
+    batch_size = BatchSize(o.batch_size)
+    audits = audit_methods(methods, model, pairs=pairs, device=device, batch_size=batch_size)
     setting = edges.Setting(
         name=name,
         model=model,
@@ -503,6 +525,7 @@ def evaluate_edges(name: str, o: "EdgeOptions", device: torch.device, shown: lis
         methods=methods,
         metric=metric,
         device=device,
+        batch_size=batch_size,
         audits=audits,
         by_node=o.level == "node",
         verify=o.verify,
@@ -577,7 +600,7 @@ class Options:
         "float32", "TYPE", f"of weights and activations: {', '.join(DTYPES)}", partial(one_name, "dtype", DTYPES)
     )
     batch_size: str = option(
-        "auto", "SIZE", "prompts, or patched runs, that go through the model together", read_batch_size
+        "auto", "SIZE", "prompts, or patched runs, at a time; auto: as many as fit into memory", read_batch_size
     )
     out: str = option("results", "DIR", "where the results go")
     no_bos: bool = option(False, None, "put no BOS token in front of the prompts")
@@ -754,8 +777,10 @@ def parse(argv: list[str] | None) -> Options:
 def complain(error: Exception, name: str = "") -> int:
     """One line on stderr, and the exit code: 2 for what the user can mend, 1 for a bug of ours."""
     text, code = models.first_line(error), 2
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+    if out_of_memory(error):
         text = "out of memory; try a smaller --batch-size, fewer --pairs, or --dtype bfloat16"
+    elif processes.is_lost(error):
+        text = "another process has stopped"
     elif not isinstance(error, ValueError | OSError):
         with tempfile.NamedTemporaryFile("w", prefix="evaluate-", suffix=".txt", delete=False) as file:
             traceback.print_exception(error, file=file)

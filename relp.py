@@ -547,7 +547,8 @@ def effects(
 
     Another node is edited within its layer, and changes only its own position there; k and v change the later ones too.
 
-    rows      how many edited runs go through a block together (more as they get shorter)
+    rows      how many edited runs go through a block together (more as they get shorter, up to 16 times as many: each
+              has a copy of all keys and values)
     pieces    a mapping {pos: {label: effects}} in which finished positions are kept and from which they are taken, so
               that a long run can go on where it was stopped: with the same arguments
     progress  progress(fraction) is called as the work proceeds
@@ -561,7 +562,8 @@ def effects(
         work = torch.tensor(counts) * torch.arange(run.n_pos, 0, -1)  # a resumed run computes the positions from pos on
     for pos in range(run.n_pos):
         if pos not in pieces:
-            pieces[pos] = effects_at(run, edits, pos, max(1, rows * run.n_pos // (run.n_pos - pos)), lockstep)
+            length = max(run.n_pos - pos, run.n_pos // 16)
+            pieces[pos] = effects_at(run, edits, pos, max(1, rows * run.n_pos // length), lockstep)
         if progress:
             progress(int(work[: pos + 1].sum()) / max(1, int(work.sum())))
     return {label: torch.stack([pieces[pos][label] for pos in range(run.n_pos)], dim=1) for label in edits}

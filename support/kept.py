@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ class KeptPatching:
 
     def __init__(self, folder: Path, what: list, earlier: Earlier | None = None):
         self.folder, self.what, self.earlier = folder, what, earlier
-        self.files, self.seconds_before = [], 0.0
+        self.files, self.seconds_before, self.dropped = [], 0.0, False
 
     def __call__(self, model, batch: Batch, nodes: list[str], metric: Callable, **how) -> dict:
         finished = self.earlier.of_method("ap", nodes) if self.earlier else {}
@@ -39,15 +40,19 @@ class KeptPatching:
         what = [x.tolist() for x in (*batch.tokens, batch.values)] + [self.what, torch.__version__]
         name = f"unfinished-{rank()}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.npz"
         path = self.folder / name
-        if not self.files:
-            drop_others(self.folder, path)
         self.files.append(path)
-        pieces = Pieces(path, batch)
+        pieces = Pieces(path, batch, partial(self.settle, path))
         self.seconds_before += pieces.seconds_before
         if how["lockstep"]:  # all processes go on from the first position that one of them has not finished
             for pos in sorted(pieces)[min(gathered(len(pieces))) :]:
                 del pieces[pos]
         return patch_all(model, batch, nodes, metric, pieces=pieces, **how)
+
+    def settle(self, path: Path) -> None:
+        """Drop what this run cannot go on with. That is decided by its first batch that has not run out of memory."""
+        if not self.dropped:
+            drop_others(self.folder, path)
+        self.dropped = True
 
     def remove(self) -> None:
         """Remove the files, when all that they hold is in the results."""
@@ -75,14 +80,16 @@ def drop_others(folder: Path, mine: Path) -> None:
 class Pieces(dict):
     """AP's finished positions of one batch, {pos: {(node, layer): effects}}. A position is written when it is set.
 
-    What a file holds is taken only if it is exactly what this run would have written.
+    What a file holds is taken only if it is exactly what this run would have written. before_use() is called before
+    anything is taken or written.
     """
 
-    def __init__(self, path: Path, batch: Batch):
+    def __init__(self, path: Path, batch: Batch, before_use: Callable):
         super().__init__()
-        self.path, self.seconds_before, self.began = path, 0.0, time.perf_counter()
+        self.path, self.seconds_before, self.began, self.before_use = path, 0.0, time.perf_counter(), before_use
         if not path.exists():
             return
+        before_use()
         arrays, finished = read_npz(path), {}
         seconds = arrays.pop("seconds", np.array(None))
         # of a position: {(node, layer): bool [batch, parts]}, with a single part where the whole node is patched
@@ -111,6 +118,7 @@ class Pieces(dict):
         say(f"  AP goes on with an unfinished run: {len(self)} positions of this batch are done")
 
     def __setitem__(self, pos: int, effects: dict) -> None:
+        self.before_use()
         super().__setitem__(pos, effects)
         arrays = {
             f"{pos}-{node}-{layer}": value.cpu().numpy()

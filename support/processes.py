@@ -76,6 +76,11 @@ def gathered(mine: object) -> list:
     return everybody
 
 
+def is_lost(error: Exception) -> bool:
+    """Has what all processes do together failed because another one has stopped?"""
+    return world() > 1 and (isinstance(error, dist.DistError) or "closed by peer" in str(error))
+
+
 def shard_weights(model: Transformer, device: torch.device) -> None:
     """Share a model's weights out over the processes (PyTorch's FSDP2): a unit per block, one for the rest.
 

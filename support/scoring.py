@@ -1,8 +1,9 @@
 """The loop that scores all prompt pairs with all methods, batch by batch."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import relp
-from models import Config
-from support.methods import Method
+from support.memory import BatchSize
+from support.methods import AP, Method
 from support.processes import gathered, rank, share, world
 from support.progress import BAR
 from tasks import Pair
@@ -25,6 +26,10 @@ class Batch:
     tokens: tuple[Tensor, Tensor, Tensor]  # original, patch [batch, pos], answers [batch, 2]
     values: Tensor  # the metric of both runs [batch, 2]
     differs: dict[str, Tensor]  # {node: bool [batch, layers, positions, ...]}, True where the two runs differ
+
+    def part(self, here: slice) -> "Batch":
+        tokens, differs = tuple(x[here] for x in self.tokens), {node: x[here] for node, x in self.differs.items()}
+        return Batch(self.pair_numbers[here], tokens, self.values[here], differs)
 
 
 @dataclass
@@ -51,24 +56,41 @@ def batches(pairs: list[Pair], size: int) -> Iterator[list[int]]:
         yield from (numbers[i : i + size] for i in range(0, len(numbers), size))
 
 
-def batch_sizes(given: str, c: Config, length: int, device: torch.device) -> tuple[int, int]:
-    """How many prompts, and how many patched runs, go through the model together.
-
-    auto: as many as fit, with their graph, into a quarter of a GPU's free memory, or into 2 GiB on a CPU. Of patched
-    runs, few are fastest on a CPU: those that stay in its cache.
-    """
-    if given != "auto":
-        return int(given), int(given)
-    memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**31
-    per_token = 4 * (20 * c.d_model + 8 * c.d_mlp + 4 * c.n_heads * length)  # bytes of one layer's activations
-    runs = max(1, memory // (per_token * length))
-    fastest = max(1, (2**16 if device.type == "cuda" else 2**9) // length)
-    return max(1, runs // c.n_layers), min(runs, fastest)
+def joined(parts: Iterable[tuple[Sequence, dict]]) -> dict:
+    """{key: tensor [batch, ...]} of a whole batch, from (part, {key: tensor}) of its parts."""
+    results = [result for _, result in parts]
+    return {key: torch.cat([result[key] for result in results]) for key in results[0]}
 
 
-def patch_all(model, batch: Batch, nodes: list[str], metric: Callable, **how) -> dict:
-    """AP of every node, layer and position."""
-    return relp.activation_patching(model, *batch.tokens, nodes, metric, **how)
+def on_a_few(compute: Callable, model, pairs: list[Pair], device: torch.device, batch_size: BatchSize) -> object:
+    """compute(original, patch, answers) of up to four pairs of one length; of fewer if these do not fit in memory."""
+    few = next(batches(pairs, 4))
+    prompts, _ = batch_size.chosen(model, len(pairs[few[0]].original), device)
+    parts = batch_size.in_parts(few, lambda part, _: compute(*tensors([pairs[i] for i in part], device)), prompts)
+    return next(parts)[1]
+
+
+def patch_all(
+    model,
+    batch: Batch,
+    nodes: list[str],
+    metric: Callable,
+    batch_size: BatchSize,
+    rows: int,
+    pieces: dict | None = None,
+    **how,
+) -> dict:
+    """AP of every node, layer and position. Positions that are finished stay so if the next one runs out of memory."""
+    pieces = {} if pieces is None else pieces
+    patch = partial(relp.activation_patching, model, *batch.tokens, nodes, metric, pieces=pieces, **how)
+    while True:
+        fits, scores = batch_size.attempt(partial(patch, rows=rows))
+        if fits:
+            return scores
+        if not pieces or rows == 1:  # too many prompts, perhaps: score_pairs() tries fewer
+            raise MemoryError
+        batch_size.say(f"{rows} patched runs")
+        rows = batch_size.most_runs = rows // 2
 
 
 def score_pairs(
@@ -79,7 +101,7 @@ def score_pairs(
     nodes: list[str],
     metric: Callable,
     device: torch.device,
-    batch_size: str = "auto",
+    batch_size: BatchSize,
     lockstep: bool = False,
     run_ap: Callable = patch_all,
 ) -> Scores:
@@ -88,28 +110,40 @@ def score_pairs(
     run_ap  the function that does AP, if that is among the methods: patch_all() or another with its arguments
     """
     longest = max(len(p.original) for p in pairs)
-    mine = batch_sizes(batch_size, model.config, longest, device)
-    prompts, runs = map(min, zip(*gathered(mine)))  # GPUs may have unequal memory, and batches must be equal
+    prompts, runs = batch_size.chosen(model, longest, device)
     parts, seconds = [], {method.name: 0.0 for method in methods}
     off = None if rank() == 0 else True  # None: on in a terminal only
     with tqdm(total=len(pairs), leave=False, disable=off, delay=2, bar_format=BAR) as bar:
         for numbers in batches(pairs, prompts * world()):
             mine, done = share(numbers), bar.n
-            tokens = tensors([pairs[i] for i in mine], device)
-            value, patch_value, differs = relp.compare(model, *tokens, nodes, metric)
-            batch = Batch(mine, tokens, torch.stack([value, patch_value], dim=1), differs)
+            tokens, rows = tensors([pairs[i] for i in mine], device), range(len(mine))
+
+            def compared(part, _, tokens=tokens):
+                here = (x[part.start : part.stop] for x in tokens)
+                value, patch_value, differs = relp.compare(model, *here, nodes, metric)
+                return {"values": torch.stack([value, patch_value], dim=1)} | differs
+
+            differs = joined(batch_size.in_parts(rows, compared, prompts))
+            batch = Batch(mine, tokens, differs.pop("values"), differs)
             results = {("differs", node): where.float() for node, where in differs.items()}
 
-            def progress(part, done=done, numbers=numbers):
-                bar.update(done + part * len(numbers) - bar.n)
+            def scored(part, runs, method, batch=batch, done=done, numbers=numbers):
+                here = batch.part(slice(part.start, part.stop))
+                if method is not AP:
+                    return method.scores(model, *here.tokens, nodes, metric)
+
+                def progress(fraction):
+                    rows_done = part.start + fraction * len(part)
+                    bar.update(done + rows_done * len(numbers) / len(batch.pair_numbers) - bar.n)
+
+                how = {"rows": runs, "batch_size": batch_size, "lockstep": lockstep, "progress": progress}
+                return run_ap(model, here, nodes, metric, **how)
 
             for method in methods:
                 bar.set_description_str(f"{title} {method.label}")
                 began = time.perf_counter()
-                if method.name == "ap":
-                    scores = run_ap(model, batch, nodes, metric, rows=runs, lockstep=lockstep, progress=progress)
-                else:
-                    scores = method.scores(model, *tokens, nodes, metric)
+                compute, n_runs = partial(scored, method=method), runs if method is AP else 1
+                scores = joined(batch_size.in_parts(rows, compute, prompts, n_runs))
                 results |= {(method.name, node): value.cpu() for node, value in scores.items()}
                 seconds[method.name] += time.perf_counter() - began
             check_finite(title, [batch.values, *results.values()], model)
@@ -130,21 +164,28 @@ def score_pairs(
     return Scores(whole, differs, values, seconds)
 
 
-def right(model, pairs: list[Pair], values: Tensor, metric: Callable, device: torch.device) -> Tensor:
+def right(
+    model, pairs: list[Pair], values: Tensor, metric: Callable, device: torch.device, batch_size: BatchSize
+) -> Tensor:
     """Does each run, the original and the patch run, prefer its own answer? bool [n, 2]; values: the metric of both.
 
     Every metric but kl says so by its sign.
     """
     if metric is relp.kl:
-        values = torch.empty_like(values)
-        for numbers in batches(pairs, 64):
-            tokens = tensors([pairs[i] for i in numbers], device)
-            values[numbers] = torch.stack(relp.compare(model, *tokens, ())[:2], dim=1).to(values)
+        values, longest = torch.empty_like(values), max(len(p.original) for p in pairs)
+        prompts, _ = batch_size.chosen(model, longest, device)
+
+        def logit_diffs(part, _):
+            return torch.stack(relp.compare(model, *tensors([pairs[i] for i in part], device), ())[:2], dim=1)
+
+        for numbers in batches(pairs, min(64, prompts)):
+            for part, of_part in batch_size.in_parts(numbers, logit_diffs, prompts):
+                values[part] = of_part.to(values)
     return torch.stack([values[:, 0] > 0, values[:, 1] < 0], dim=1)
 
 
 @torch.no_grad()
-def rounding(model, tokens: Tensor, answers: Tensor, metric: Callable) -> float:
+def rounding(model, original: Tensor, patch: Tensor, answers: Tensor, metric: Callable) -> float:
     """How far the metric moves, on average, if each layer's stream is off by one rounding of the model's dtype."""
     eps, generator = torch.finfo(model.embed_tokens.weight.dtype).eps, torch.Generator().manual_seed(0)
 
@@ -153,7 +194,8 @@ def rounding(model, tokens: Tensor, answers: Tensor, metric: Callable) -> float:
         return (x.double() * (1 + error)).to(x.dtype)
 
     hook.nodes = ("resid_post",)
-    values = [relp.read_out(model, model.stream(tokens, hook=h), answers, metric) for h in (None, hook)]
+    answers = relp.targets(model, model.stream(patch), answers, metric)
+    values = [relp.read_out(model, model.stream(original, hook=h), answers, metric) for h in (None, hook)]
     return float((values[0] - values[1]).abs().mean())
 
 

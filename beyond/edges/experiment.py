@@ -17,6 +17,7 @@ from beyond.edges.judging import Curve, Judge, areas, curves, differences_of, sm
 from beyond.edges.scoring import EdgeScores, score_edges, sizes
 from models import Transformer
 from support import inspector, results, statistics
+from support.memory import BatchSize
 from support.methods import AP, Method, main_method
 from support.positions import overlay
 from support.processes import say
@@ -39,6 +40,7 @@ class Setting:
     methods: list[Method]
     metric: Callable
     device: torch.device
+    batch_size: BatchSize
     audits: dict
     by_node: bool  # circuits of nodes, each with all its outgoing edges, instead of edges
     verify: int | None
@@ -88,21 +90,21 @@ def evaluate(s: Setting, folder: Path) -> dict:
 
 def measure(s: Setting) -> Found:
     """All that is computed. The model: one in which each head has a key and a value of its own."""
-    graph, batch_size = Graph.of(s.model.config), s.arguments["batch_size"]
+    graph = Graph.of(s.model.config)
     longest = max(len(pair.original) for pair in (*s.pairs, *s.judged))
-    size = sizes(batch_size, s.model.config, longest, s.device, by_position=False)[0]
-    found_on = Judge(s.model, s.pairs, s.metric, s.device, size)
-    judge = found_on if s.judged is s.pairs else Judge(s.model, s.judged, s.metric, s.device, size)
+    size = sizes(s.batch_size, s.model, longest, s.device, by_position=False)[0]
+    found_on = Judge(s.model, s.pairs, s.metric, s.device, size, s.batch_size)
+    judge = found_on if s.judged is s.pairs else Judge(s.model, s.judged, s.metric, s.device, size, s.batch_size)
 
     # scores, and how well they agree with exact patching
-    score = partial(score_edges, s.name, s.model, s.pairs, metric=s.metric, device=s.device, batch_size=batch_size)
+    score = partial(score_edges, s.name, s.model, s.pairs, metric=s.metric, device=s.device, batch_size=s.batch_size)
     scores, costs = score(s.methods)
     weights = statistics.resamples([pair.group for pair in s.pairs], seed=s.seed)
     pcc, differences = agreement(scores, s.pairs, weights)
     if any(len(of.whole) < len(s.pairs) for of in scores.values()):
         say("  the scores of so many pairs do not fit into memory: only their means are kept, without intervals")
     values = torch.stack([found_on.whole, found_on.empty], dim=1)  # with no edge kept, this is the patch run
-    right = right_answers(s.model, s.pairs, values, s.metric, s.device)
+    right = right_answers(s.model, s.pairs, values, s.metric, s.device, s.batch_size)
 
     # circuits: found on the pairs, judged on the others
     ranked_by = {name: item_scores(name, of, graph, s.by_node, found_on) for name, of in scores.items()}

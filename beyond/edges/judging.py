@@ -11,6 +11,7 @@ from torch import Tensor
 from beyond.edges.circuits import SHARES, TARGET, Circuits, area, best, faithfulness, ranking
 from beyond.edges.graph import Graph
 from beyond.edges.scoring import MOST
+from support.memory import BatchSize
 from support.scoring import batches, tensors
 from support.statistics import estimate
 from tasks import Pair
@@ -27,29 +28,47 @@ class Judge:
     """Runs circuits on prompt pairs of any lengths, each circuit once.
 
     What the writers have contributed in the patch runs is kept, if that is at most MOST numbers; otherwise it is
-    computed each time.
+    computed each time. size: of a batch, which batch_size, if given, may halve.
     """
 
-    def __init__(self, model, pairs: list[Pair], metric: Callable, device: torch.device, size: int):
-        every = list(batches(pairs, size))
-        self.order = torch.tensor([i for numbers in every for i in numbers]).argsort()
-        self.known, self.graph = {}, Graph.of(model.config)
+    def __init__(
+        self,
+        model,
+        pairs: list[Pair],
+        metric: Callable,
+        device: torch.device,
+        size: int,
+        batch_size: BatchSize | None = None,
+    ):
+        self.model, self.pairs, self.metric, self.device, self.size = model, pairs, metric, device, size
+        self.batch_size, self.graph = batch_size or BatchSize(str(size)), Graph.of(model.config)
+        self.known, self.made = {}, {}
         n_tokens = sum(len(pair.original) for pair in pairs)
-        keeps = n_tokens * len(self.graph.writers) * model.config.d_model <= MOST
-        self.make = [
-            partial(Circuits, model, *tensors([pairs[i] for i in numbers], device), metric) for numbers in every
-        ]
-        self.made = [make() for make in self.make] if keeps else []
+        self.keeps = n_tokens * len(self.graph.writers) * model.config.d_model <= MOST
         self.whole, self.empty = self(self.graph.edges), self(torch.zeros_like(self.graph.edges))
 
     def __call__(self, kept: Tensor) -> Tensor:
         """The metric of each pair [n], in float64."""
         key = kept.numpy().tobytes()
         if key not in self.known:
-            circuits = self.made or (make() for make in self.make)
-            values = torch.cat([circuit(kept) for circuit in circuits])
-            self.known[key] = values.cpu().double()[self.order]
+            values = torch.empty(len(self.pairs), dtype=torch.float64)
+            for numbers in batches(self.pairs, self.size):
+                for part, of_part in self.batch_size.in_parts(numbers, partial(self.run, kept), self.size):
+                    values[part] = of_part.cpu().double()
+            self.known[key] = values
         return self.known[key]
+
+    def run(self, kept: Tensor, numbers: list[int], _: int) -> Tensor:
+        """The metric of these pairs."""
+        most = self.batch_size.most_prompts  # batches that were larger are of no use any more
+        self.made = {numbers: made for numbers, made in self.made.items() if len(numbers) <= most}
+        circuits = self.made.get(tuple(numbers))
+        if circuits is None:
+            tokens = tensors([self.pairs[i] for i in numbers], self.device)
+            circuits = Circuits(self.model, *tokens, self.metric)
+            if self.keeps:
+                self.made[tuple(numbers)] = circuits
+        return circuits(kept)
 
     def f(self, kept: Tensor) -> float:
         """f of one circuit: the ratio of the means over the pairs."""

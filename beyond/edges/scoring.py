@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,12 +13,13 @@ from tqdm.auto import tqdm
 from beyond.edges.graph import Graph
 from beyond.edges.patching import patch_edges
 from beyond.edges.scores import attribute_edges
-from models import Config, Transformer
+from models import Transformer
 from support.circuits import Cost, Counted
+from support.memory import BatchSize
 from support.methods import AP, Method
 from support.positions import overlay
 from support.progress import BAR
-from support.scoring import batch_sizes, batches, check_finite, tensors
+from support.scoring import batches, check_finite, tensors
 from tasks import Pair
 
 MOST = 2**28  # numbers of one kind that are kept, 1 GiB in float32; if there are more, only their means are
@@ -85,7 +87,7 @@ def score_edges(
     methods: list[Method],
     metric: Callable,
     device: torch.device,
-    batch_size: str,
+    batch_size: BatchSize,
     only: Tensor | None = None,
 ) -> tuple[dict[str, EdgeScores], dict[str, Cost]]:
     """The methods on every pair, and what each has cost; its passes are those of one batch, AP's those of one pair.
@@ -95,30 +97,34 @@ def score_edges(
     """
     there, longest = Graph.of(model.config).edges.to(device), max(len(p.original) for p in pairs)
     positions = longest * there.numel() <= MOST and only is None  # else one pair's scores by position do not fit
-    size, rows = sizes(batch_size, model.config, longest, device, positions)
+    size, rows = sizes(batch_size, model, longest, device, positions)
     collected = {m.name: Collected(int(there.sum()), longest, overlay(pairs)[1]) for m in methods}
-    every, costs = list(batches(pairs, size)), {}
+    costs = {}
     with tqdm(total=len(pairs), leave=False, disable=None, delay=2, bar_format=BAR) as bar:
-        for numbers in every:
-            tokens, done = tensors([pairs[i] for i in numbers], device), bar.n
+        for numbers in batches(pairs, size):
+            done = bar.n
 
-            def progress(part, done=done, numbers=numbers):
-                bar.update(done + part * len(numbers) - bar.n)
+            def scored(part, runs, m, numbers=numbers, done=done):
+                tokens = tensors([pairs[i] for i in part], device)
+                if m is not AP:
+                    return score_batch(model, tokens, m, metric, positions, costs)
+
+                def progress(fraction):
+                    bar.update(done + numbers.index(part[0]) + fraction * len(part) - bar.n)
+
+                how = {"only": only, "rows": runs, "progress": progress}
+                return patch_batch(model, tokens, metric, positions, costs, how)
 
             for m in methods:
                 bar.set_description_str(f"{title} {m.label}")
-                if m is AP:
-                    how = {"only": only, "rows": rows, "progress": progress}
-                    whole, by_position = patch_batch(model, tokens, metric, positions, costs, how)
-                else:
-                    whole, by_position = score_batch(model, tokens, m, metric, positions, costs)
-                check_finite(title, [whole], model)
-                by_position = by_position[..., there].cpu() if positions else None
-                collected[m.name].add(numbers, whole[:, there].cpu(), by_position)
+                compute, n_runs = partial(scored, m=m), rows if m is AP else 1
+                for part, (whole, by_position) in batch_size.in_parts(numbers, compute, size, n_runs):
+                    check_finite(title, [whole], model)
+                    by_position = by_position[..., there].cpu() if positions else None
+                    collected[m.name].add(part, whole[:, there].cpu(), by_position)
             bar.update(done + len(numbers) - bar.n)
-    for name, cost in costs.items():  # sums over the batches so far
-        part = len(pairs) if name.startswith("ap") else len(every)
-        cost.forward, cost.backward = cost.forward / part, cost.backward / part
+    for cost in costs.values():  # sums over the pairs so far
+        cost.forward, cost.backward = cost.forward / len(pairs), cost.backward / len(pairs)
     return {name: of.scores() for name, of in collected.items()}, costs
 
 
@@ -127,14 +133,16 @@ def patch_batch(
 ) -> tuple[Tensor, Tensor | None]:
     """Exact patching of whole edges, [b, writers, readers], and, if asked, by position, [b, t, writers, readers]."""
 
-    def patched(name: str, by_position: bool) -> Tensor:
-        began, cost = time.perf_counter(), costs.setdefault(name, Cost())
-        scores, runs = patch_edges(model, *tokens, metric, by_position=by_position, **how)
+    found, spent = {}, {}
+    for name in ("ap", "ap_positions")[: 1 + positions]:
+        began = time.perf_counter()
+        found[name], runs = patch_edges(model, *tokens, metric, by_position=name == "ap_positions", **how)
+        spent[name] = runs, time.perf_counter() - began
+    for name, (runs, seconds) in spent.items():  # here, since either may have run out of memory
+        cost = costs.setdefault(name, Cost())
         cost.forward += runs
-        cost.seconds += time.perf_counter() - began
-        return scores
-
-    return patched("ap", False), patched("ap_positions", True) if positions else None
+        cost.seconds += seconds
+    return found["ap"], found.get("ap_positions")
 
 
 def score_batch(
@@ -143,22 +151,24 @@ def score_batch(
     """A method's scores, summed over the positions and, if asked, by position: shapes as in patch_batch()."""
     began, cost, counted = time.perf_counter(), costs.setdefault(m.name, Cost()), Counted(model)
     scores = attribute_edges(counted, *tokens, metric, by_position=positions, **m.options)
-    cost.forward += counted.forward
-    cost.backward += counted.backward
+    cost.forward += counted.forward * len(tokens[0])
+    cost.backward += counted.backward * len(tokens[0])
     cost.seconds += time.perf_counter() - began
     return (scores.sum(1), scores) if positions else (scores, None)
 
 
-def sizes(given: str, c: Config, length: int, device: torch.device, by_position: bool) -> tuple[int, int]:
+def sizes(
+    batch_size: BatchSize, model: Transformer, length: int, device: torch.device, by_position: bool
+) -> tuple[int, int]:
     """How many pairs, and how many edited runs, go through the model together.
 
     auto: fewer pairs than for nodes, so that the streams of a layer's readers, some ten times, and the scores, twice,
     are at most 2^29 numbers (2 GiB in float32). On a CPU few are also fastest: their streams are at most 2^23 numbers.
     """
-    prompts, rows = batch_sizes(given, c, length, device)
-    if given != "auto":
+    prompts, rows = batch_size.chosen(model, length, device)
+    if batch_size.given != "auto":
         return prompts, rows
-    graph = Graph.of(c)
+    c, graph = model.config, Graph.of(model.config)
     streams = (3 * c.n_heads + 1) * length * c.d_model
     scores = len(graph.writers) * len(graph.readers) * (length if by_position else 1)
     most = min(2**29 // (10 * streams + 2 * scores), prompts if device.type == "cuda" else 2**23 // streams)
