@@ -62,6 +62,7 @@ def test_methods_may_be_sets_of_rules(tiny, results, setting):
         nodes = ["q", "mlp_out", "head"]
         wanted = {m: relp.attribute(model, *batch, nodes, **how) for m, how in options.items()}
         wanted["atp*"] = atp_star.attribute(model, *batch, nodes)
+        wanted["twopoint"]["q"] = wanted["atp*"]["q"]
         wanted["ap"] = relp.activation_patching(model, *batch, nodes)
         for method, of_nodes in wanted.items():
             for node, value in of_nodes.items():
