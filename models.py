@@ -884,7 +884,7 @@ def from_transformers(hf_model: nn.Module) -> Transformer:
         tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
     matched = match(model, {source: {name: list(tensor.shape) for name, tensor in tensors.items()}})
     if wrong := [name for name in matched[source] if not is_ordinary(tensors[name])]:
-        raise ValueError(f"{wrong[0]} is not in memory, or no tensor of ordinary floating-point numbers")
+        raise ValueError(f"{wrong[0]} is no tensor of ordinary floating-point numbers, or is not in memory")
     if model.config.tied:
         head, embedding = hf_model.get_output_embeddings(), hf_model.get_input_embeddings()
         if head is not None and not torch.equal(head.weight, embedding.weight):

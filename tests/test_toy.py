@@ -157,7 +157,7 @@ def test_features_of_the_shipped_saes():
 
 
 HELP = {"README.md": ["evaluate.py"], "toy/README.md": ["evaluate.py", "toy/train.py", "toy/train_saes.py"]}
-HELP |= {f"{folder}/README.md": ["evaluate.py"] for folder in ("beyond", "support")}
+HELP |= {"support/README.md": ["evaluate.py"], "beyond/README.md": ["evaluate.py", "tests/benchmark.py"]}
 HELP |= {f"{folder}/README.md": ["evaluate.py", "toy/plant.py"] for folder in ("beyond/edges", "toy/planted")}
 HELP |= {"tests/README.md": ["evaluate.py", "tests/benchmark.py", "tests/fuzz.py"]}
 
