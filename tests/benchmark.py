@@ -3,6 +3,7 @@
     python tests/benchmark.py                      GPT-2 small's size, 100 pairs of 15 tokens: 20 minutes on two cores
     python tests/benchmark.py --repeats 1 --grow   one round, and how AP's time grows with layers, positions and prompts
     python tests/benchmark.py --two-point          only the two-point rules beside RelP, one pair of 64 to 1,024 tokens
+                                                   (with OMP_NUM_THREADS=1 if other work runs on the machine)
 
 The model has random weights: speed does not depend on what it has learned. Pairs are shaped like IOI prompts: they
 differ at B1, A and S2 under `swap`, only at S2 under `s2`.
@@ -45,12 +46,12 @@ def random_pairs(corruption, prompts, length, vocab, device):
     return original.to(device), patch.to(device), torch.randint(vocab, (prompts, 2), device=device)
 
 
-def seconds(f, device):
-    start = time.perf_counter()
+def seconds(f, device, clock=time.perf_counter):
+    start = clock()
     f()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def spread(values, unit=""):
@@ -137,13 +138,15 @@ def bench_relp(model, args, device):
 
 
 def bench_two_point(model, args, device):
+    """On the CPU in processor time, which other work beside it does not change, if there is one thread only."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     rules = {"relp": True, "twopoint": TWO_POINT["gpt2"]}
     for length in (64, 256, 1024):
         batch = random_pairs("swap", 1, length, model.config.n_vocab, device)
         runs = [partial(relp.attribute, model, *batch, NODES, lrp=lrp) for lrp in rules.values()]
         for run in runs:
             run()
-        times = [[seconds(run, device) for run in runs] for _ in range(5 * args.repeats)]
+        times = [[seconds(run, device, clock) for run in runs] for _ in range(5 * args.repeats)]
         of_relp, two_point = (statistics.median(t) for t in zip(*times))
         ratios = [b / a for a, b in times]
         size = argparse.Namespace(**{**vars(args), "prompts": 1, "length": length})
