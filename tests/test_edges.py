@@ -16,7 +16,7 @@ from beyond.methods import parse_rules
 from beyond.twopoint import TWO_POINT
 from models import Attend, Nodes, Rules, causal_mask, rotate
 
-EDGE_FAMILIES = [*FAMILIES, "gpt2-untied", "qwen2-mha-tied-window", "llama-biased", "qwen3", "gemma3"]
+EDGE_FAMILIES = [*FAMILIES, "gpt2-untied", "qwen2-mha-tied-window", "llama-biased", "gemma3"]
 RULES = {
     "atp": False,
     "relp": True,
