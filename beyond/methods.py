@@ -36,8 +36,7 @@ def method(name: str, family: str = "", rules: str = "paper", steps: int = 10) -
         case "relp":
             return Method(name, "RelP" if rules == "paper" else f"RelP, {rules}", parse_rules(rules))
         case "twopoint":
-            own = partial(twopoint.attribute, family=family)
-            return Method(name, "two-point", TWO_POINT.get(family), attribute=own)
+            return Method(name, "two-point", TWO_POINT.get(family), attribute=twopoint.attribute)
         case "gim":
             return Method(name, "GIM", GIM.get(family))
         case "attnlrp":

@@ -158,7 +158,7 @@ TWO_POINT = {
 
 
 def attribute(
-    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=relp.logit_diff, family: str = "gpt2"
+    model, original: Tensor, patch: Tensor, answers: Tensor, nodes, metric=relp.logit_diff
 ) -> dict[str, Tensor]:
     """The method `twopoint`: these rules, but AtP* for queries and keys, and for their heads.
 
@@ -172,5 +172,6 @@ def attribute(
     if of_attention:
         result |= atp_star.attribute(model, original, patch, answers, of_attention, metric)
     if others:
-        result |= relp.attribute(model, original, patch, answers, others, metric, lrp=TWO_POINT[family])
+        rules = TWO_POINT[model.config.family]
+        result |= relp.attribute(model, original, patch, answers, others, metric, lrp=rules)
     return {name: result[name] for name in nodes}
