@@ -144,8 +144,8 @@ def free_memory(model: Transformer, device: torch.device) -> float:
 def check_patterns(model: Transformer, nodes: list[str], methods: list[Method], length: int, device) -> None:
     """ValueError if patterns are needed as nodes, and those of one pair of this length do not fit in memory."""
     kept = [f"node {node}" for node in nodes if relp.node_of(node) == "pattern"]
-    if any(relp.node_of(node) in ("q", "k") for node in nodes):  # atp* of these computes patterns
-        kept += [f"method {m.name}" for m in methods if m.name == "atp*"]
+    if any(relp.node_of(node) in ("q", "k") for node in nodes):  # AtP* of these computes patterns
+        kept += [f"method {m.name}" for m in methods if m.name in ("atp*", "twopoint")]
     if not kept:
         return
     needed, there = memory_of_patterns(model, methods, length), free_memory(model, device)

@@ -349,6 +349,8 @@ def test_too_little_memory(monkeypatch):
     memory.check_patterns(gpt2_small(), ["mlp_out", "head_q"], [ATP], 10**6, None)
     with pytest.raises(ValueError, match=r"method atp\* of one pair"):
         memory.check_patterns(gpt2_small(), ["head_q"], [Method("atp*", "AtP*")], 10**6, None)
+    with pytest.raises(ValueError, match="method twopoint of one pair"):  # which is AtP* there
+        memory.check_patterns(gpt2_small(), ["k"], [Method("twopoint", "two-point")], 10**6, None)
 
 
 def test_the_machine_has_some_memory():
