@@ -67,6 +67,7 @@ def heatmaps(
     figure.suptitle(
         f"{title}: change of {metric} when a node is patched, mean over {shown} of {len(pairs)} prompt pairs",
         fontsize=10,
+        wrap=True,  # the figure is narrow if it has one kind of node
     )
     if legend(labels) and any(ticks is labels for _, ticks, _ in kinds.values()):
         figure.supxlabel(legend(labels), fontsize=7, x=0.01, ha="left", wrap=True)
