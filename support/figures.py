@@ -1,5 +1,7 @@
 """The paper's Figure 2 (heat maps of one model) and Figure 1 (correlations of several). Functions return a Figure."""
 
+import textwrap
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -64,11 +66,9 @@ def heatmaps(
     for ax in axes[:, 0]:
         ax.set_ylabel("layer")
     shown = int((at >= 0).any(1).sum())
-    figure.suptitle(
-        f"{title}: change of {metric} when a node is patched, mean over {shown} of {len(pairs)} prompt pairs",
-        fontsize=10,
-        wrap=True,  # the figure is narrow if it has one kind of node
-    )
+    title += f": change of {metric} when a node is patched, mean over {shown} of {len(pairs)} prompt pairs"
+    # A figure of one kind of node is narrow. matplotlib's own wrapping would read a $ in a model's name as mathematics.
+    figure.suptitle(textwrap.fill(title, int(14 * figure.get_figwidth())), fontsize=10)
     if legend(labels) and any(ticks is labels for _, ticks, _ in kinds.values()):
         figure.supxlabel(legend(labels), fontsize=7, x=0.01, ha="left", wrap=True)
     return figure

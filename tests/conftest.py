@@ -102,7 +102,7 @@ def hf_model(name: str):
 
     kind, fields = CHECKPOINTS[name]
     config = getattr(transformers, kind)(**fields)
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
@@ -143,18 +143,3 @@ def pair():
     patch[:, 3] = (patch[:, 3] + 5) % VOCAB
     patch[:2, 6] = (patch[:2, 6] + 7) % VOCAB
     return original, patch, answers
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Half of the tests, for .ci/run
-
-
-def pytest_addoption(parser):
-    parser.addoption("--half", type=int, choices=(1, 2), help="run every second test only")
-
-
-def pytest_collection_modifyitems(config, items):
-    half = config.getoption("--half")
-    if half:
-        config.hook.pytest_deselected(items=items[2 - half :: 2])
-        items[:] = items[half - 1 :: 2]

@@ -189,7 +189,7 @@ def test_exact_patching_is_the_definition(load, pair, family, by_position):
         for r, reader in enumerate(graph.readers):
             if not graph.edges[w, r]:
                 assert not scores[..., w, r].any()
-            elif by_position and (w + r) % 5 == 0:  # a fifth of them: these are many runs
+            elif by_position and (w + r) % 11 == 0:  # some of them: these are many runs
                 wanted = torch.stack([effect(writer, reader, [pos]) for pos in range(n_pos)], dim=1)
                 largest = max(largest, float(wanted.abs().max()))
                 torch.testing.assert_close(scores[:, :, w, r], wanted, rtol=0, atol=1e-12)

@@ -67,7 +67,6 @@ CASES = [
     ("scores.npz", "replace"),
     ("summary.json", "write"),
     ("heatmaps.png", "write"),
-    ("pcc.png", "write"),
     ("inspect.html", "write"),
 ]
 

@@ -90,7 +90,7 @@ def test_activation_patching_is_its_definition(name, metric, checkpoint, pair):
 def test_heads_and_neurons(name, checkpoint, pair):
     """Parts of a node: AP by definition; AtP's and RelP's scores add up to the whole node's."""
     model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
-    original, patch, answers = pair = [x[:2] for x in pair]
+    original, patch, answers = pair = [x[:1] for x in pair]
     heads = ["head", "head_q", "head_k", "head_v", "head_pattern"]
     wanted = ap_by_definition(model, *pair, heads)
     got = relp.activation_patching(model, *pair, [*heads, "neuron"], rows=7)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,13 @@ HELP |= {f"{folder}/README.md": ["evaluate.py", "toy/plant.py"] for folder in ("
 HELP |= {"tests/README.md": ["evaluate.py", "tests/benchmark.py", "tests/fuzz.py"]}
 
 
+@cache
+def help_of(script):
+    command = [sys.executable, ROOT / script, "--help"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("readme", HELP)
 def test_the_options_in_the_readmes_exist(readme):
     """Each is an option of the project's command, or of another script that this README is about."""
@@ -171,7 +179,5 @@ def test_the_options_in_the_readmes_exist(readme):
 
     known = {"--nproc-per-node"}  # torchrun's
     for script in HELP[readme]:
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, ROOT / script, "--help"]
-        known |= options(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+        known |= options(help_of(script))
     assert len(known) > 20 and options((ROOT / readme).read_text(encoding="utf-8")) <= known
