@@ -535,6 +535,7 @@ class Config:
     embed_scale: float = 1.0
     attn_softcap: float | None = None
     logit_softcap: float | None = None
+    mixture: tuple | None = None  # of experts: see support/experts.py
 
     def check(self) -> None:
         """ValueError if config.json gives a value that is impossible."""
@@ -794,10 +795,10 @@ FAMILIES = {  # model_type in config.json: (the fields of Config from the conten
     "llama": (llama_config, LLAMA_NAMES),
 }
 
+# {family: what turns the names of transformers' modules into those of files}
+IN_MEMORY = {"gpt_neox": lambda x: {n.replace("lm_head", "embed_out"): tensor for n, tensor in x.items()}}
 # masks and frequencies that old checkpoints keep as buffers, and what reads images
-NOT_OURS = re.compile(
-    r"\batt(n|ention)\.(masked_)?bias$|\brotary_emb\.inv_freq$|vision_tower\.|multi_modal_projector\."
-)
+NOT_OURS = re.compile(r"\batt(n|ention)\.(masked_)?bias$|rotary_emb\.inv_freq$|vision_tower\.|multi_modal_projector\.")
 UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")  # a copy of the embedding, if the two are tied
 
 
@@ -880,8 +881,7 @@ def from_transformers(hf_model: nn.Module) -> Transformer:
     tensors, source = hf_model.state_dict(), Path("in memory", "weights")
     with torch.device("meta"):
         model = Transformer(Config.from_hf(hf_model.config.to_dict()))
-    if model.config.family == "gpt_neox" and "lm_head.weight" in tensors:  # so called in memory, embed_out in files
-        tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
+    tensors = IN_MEMORY.get(model.config.family, dict)(tensors)
     matched = match(model, {source: {name: list(tensor.shape) for name, tensor in tensors.items()}})
     if wrong := [name for name in matched[source] if not is_ordinary(tensors[name])]:
         raise ValueError(f"{wrong[0]} is no tensor of ordinary floating-point numbers, or is not in memory")
@@ -1106,5 +1106,5 @@ def first_line(error: BaseException) -> str:
 
 
 # More families add themselves. A copy of this file elsewhere does without them.
-if __name__ == "models" and (Path(__file__).parent / "support" / "families.py").is_file():
-    importlib.import_module("support.families")
+if __name__ == "models" and (Path(__file__).parent / "support" / "experts.py").is_file():
+    importlib.import_module("support.experts")  # and with it support.families

@@ -135,6 +135,27 @@ def unembedding_gradient(m, x, x2, y, c, on, rounded):
     return linear_gradient(layer, x, x2, x[0] @ layer.weight.T, c, on, rounded)
 
 
+def experts_gradient(m, x, x2, y, c, on, rounded):
+    """w_e c to the expert e; to the router's output, through the softmax p, dS_e = p_e (c . y_e - sum_j w_j c . y_j).
+
+    w is p where an expert is chosen, else 0. If it is normed, p is w: the softmax of the chosen ones alone.
+    """
+    logits, chosen, *of_experts = x
+    chosen = chosen.round()
+    p = logits.softmax(-1)
+    w = p * chosen
+    if m.mixture.normed:
+        p = w = w / w.sum(-1, keepdim=True)
+    share = 0.5 if "half" in on and "router" not in on else 1
+    d, owed = torch.zeros_like(logits), []
+    for e, y_e in zip(chosen.flatten(0, 1).any(0).nonzero().flatten(), of_experts):
+        at = chosen[..., e].bool()
+        d[at, e] = (c[at] * y_e[0]).sum(-1)
+        owed.append(share * (w[at, e][:, None] * c[at])[None])
+    d = share * p * (d - rounded((w * d).sum(-1, keepdim=True))) * ("router" not in on)
+    return [d, torch.zeros_like(chosen), *owed]  # the choice has no gradient
+
+
 def sum_gradient(m, x, x2, y, c, on, rounded):
     """A block adds what attention and MLP put out to the stream: all three get c."""
     return [c] * len(x)
@@ -143,7 +164,8 @@ def sum_gradient(m, x, x2, y, c, on, rounded):
 NORMS = {"LayerNorm": norm_gradient, "RMSNorm": norm_gradient}
 LINEARS = {"Linear": linear_gradient, "Transformer": unembedding_gradient}
 CLAIMS = {  # rule: {module kind that it is for: the gradient owed}; zero is the 0-rule
-    **{"ln": NORMS, "identity": {"MLP": mlp_gradient}, "half": {"MLP": mlp_gradient}},
+    **{"ln": NORMS, "identity": {"MLP": mlp_gradient}, "half": {"MLP": mlp_gradient, "Experts": experts_gradient}},
+    "router": {"Experts": experts_gradient},
     **{"ln2": NORMS, "identity2": {"MLP": mlp_gradient}, "half2": {"MLP": mlp_gradient}},
     **{rule: {"Attention": attention_gradient} for rule in ("ah", "attention2", "temperature", "products")},
     **{"zero": LINEARS, "epsilon": LINEARS, "gamma": LINEARS},
@@ -185,7 +207,7 @@ def audit(model: Transformer, tokens: Tensor, lrp=True, patch: Tensor | None = N
         if not plain.isfinite().all():
             raise ValueError(f"logits are not finite in {model.embed_tokens.weight.dtype}: try float32")
         for m in a.parts:
-            if m not in a.seen["plain"]:
+            if m not in a.seen["plain"] and m not in a.idle:
                 a.fault("no rule: never called,", a.names[m])
         a.settle()
         if two_runs:
@@ -213,6 +235,7 @@ class Audit:
     applied   {rule: calls by module kind}; unseen: those in which the rule changes no more than rounding does
     seen      by run, what a module got and gave: (a piece's inputs, the module's input, its output)
     entered   a module's input in this run, with its graph; leaf: its output, cut off from the graph
+    idle      parts of experts that no position has chosen
     """
 
     def __init__(self, model: Transformer, rules):
@@ -226,7 +249,7 @@ class Audit:
         self.applied, self.unseen = ({rule: Counter() for rule in self.asked} for _ in range(2))
         self.parts = [m for part in (*model.blocks, model.ln_f) for m in part.modules() if kind_of(m) in KINDS]
         self.names = {m: name or "unembedding" for name, m in model.named_modules()}
-        self.seen, self.entered, self.leaf = {"patch": {}}, {}, {}
+        self.seen, self.entered, self.leaf, self.idle = {"patch": {}}, {}, {}, set()
 
     def fault(self, what: str, where: str) -> None:
         self.faults.setdefault(what, []).append(where)
@@ -258,6 +281,12 @@ class Audit:
         if kind in CORES:
             *into, last = (getattr(m, f"{name}_norm", getattr(m, name)) for name in CORES[kind])
             x, out = [self.leaf[linear] for linear in into if linear is not None], self.entered[last]
+        elif kind == "Experts":
+            called = [expert for expert in m.experts if expert in self.seen[self.now]]
+            self.idle |= {part for expert in m.experts if expert not in called for part in expert.modules()}
+            _, chosen = m.choose(self.leaf[m.router])
+            chosen = torch.zeros_like(self.leaf[m.router]).scatter(-1, chosen, 1)
+            x = [self.leaf[m.router], leaf(chosen), *(self.leaf[expert] for expert in called)]
         elif kind == "SequentialBlock":
             x += [self.leaf[part] for part in (getattr(m, "ln1_post", m.attn), getattr(m, "ln2_post", m.mlp))]
         self.seen[self.now][m] = [x.detach() for x in x], args[0].detach(), y.detach()
@@ -278,9 +307,10 @@ class Audit:
         got = torch.autograd.grad(y, x, c, materialize_grads=True) if y.requires_grad else [x * 0 for x in x]
         x2 = self.seen["patch"][m][0] if m in self.seen["patch"] else x
         inputs = [[t.detach() for t in xs] for xs in (x, x2)]
-        rules = [r for r in CLAIMS if kind in CLAIMS[r] and not (r.startswith("half") and m.gate is None)]
+        rules = [r for r in CLAIMS if kind in CLAIMS[r] and not (r.startswith("half") and self.no_gate(m))]
         mine = [r for r in rules if r in self.asked]
-        others = [r for r in ("ln", "identity", "half", "ah") if r in rules and not {r, f"{r}2"} & self.on.keys()]
+        one_point = [r for r in ("ln", "identity", "half", "ah", "router") if r in rules]
+        others = [r for r in one_point if not {r, f"{r}2"} & self.on.keys()]
         # The expected gradient if some of the rules that are on were off, or some that are off were on. The combination
         # that fits best tells which rule is wrong; of those that fit alike, the one with the fewest switched.
         switchable, expected = mine + others, {}
@@ -300,6 +330,9 @@ class Audit:
             (self.applied if rule in visible else self.unseen)[rule][SHOWN.get(kind, kind)] += 1
         for fault in faults:
             self.fault(fault, name)
+
+    def no_gate(self, m: nn.Module) -> bool:
+        return "router" in self.on if kind_of(m) == "Experts" else m.gate is None
 
     def verdict(self, got, expected, best, mine, error, rounding, smallest) -> tuple[list[str], list[str]]:
         """The rules that change more than rounding does, and the faults. error: of each gradient, by rounding."""
@@ -343,6 +376,7 @@ class Audit:
             ("scale of the norms", not on & {"ln", "ln2"}),
             ("activation", not on & {"identity", "identity2"}),
             ("gate", c.gated and not on & {"half", "half2"}),
+            ("router", c.mixture is not None and "router" not in on),
             ("softmax of attention", not on & {"ah", "attention2", "temperature"}),
             ("softcap of attention", c.attn_softcap is not None and "ah" not in on),
             ("softcap of the logits", c.logit_softcap is not None),

@@ -64,8 +64,8 @@ def conservation(model, tokens: Tensor, answers: Tensor, metric=relp.logit_diff,
 
     lost = {}
     for layer, part in enumerate(parts):
-        for m in part.modules():
-            within = sum(at_exit[child] - at_entry[child] for child in m.children())
+        for m in filter(entered.__contains__, part.modules()):
+            within = sum(at_exit[child] - at_entry[child] for child in called_within(m, entered))
             bias = at_bias.get(m, 0.0)
             own = "residual" if m in parts[:-1] else type(m).__name__
             for kind, loss in ((own, at_exit[m] - at_entry[m] - bias - within), ("biases", bias)):
@@ -73,6 +73,11 @@ def conservation(model, tokens: Tensor, answers: Tensor, metric=relp.logit_diff,
     lost["unembedding"] = [0.0] * (len(parts) - 1) + [1 - at_exit[model.ln_f]]
     kept = [at_entry[part] for part in parts]
     return {"prompts": len(tokens), "metric": value / len(tokens), "kept": kept, "lost": lost}
+
+
+def called_within(m, entered: dict) -> list:
+    """The modules that m has called. A list of experts is not called itself, and some of these may not be either."""
+    return [x for child in m.children() for x in ([child] if child in entered else called_within(child, entered))]
 
 
 KINDS = ["kept", "Attention", "biases", "MLP", "LayerNorm", "RMSNorm", "Linear", "unembedding", "residual"]

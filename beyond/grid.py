@@ -40,7 +40,8 @@ def grid(model: Transformer, ap: dict, nodes: list[str], groups: list[str], weig
 
     score(methods) -> Scores scores the pairs: see scoring.score_pairs. weights: see statistics.resamples.
     """
-    flags = [flag for flag in FLAGS if flag != "half" or model.config.gated]
+    has_place = {"half": model.config.gated, "router": model.config.mixture is not None}
+    flags = [flag for flag in FLAGS if has_place.get(flag, True)]
     subsets = [[f for i, f in enumerate(flags) if code >> i & 1] for code in range(2 ** len(flags))]
     names = [name_of([*subset, linear]) for subset in subsets for linear in LINEAR]
     table, means = {}, {}
@@ -56,7 +57,7 @@ def grid(model: Transformer, ap: dict, nodes: list[str], groups: list[str], weig
             for node, of in of_nodes.items()
         }
         table[name]["mean"] = estimate(means[name])
-    paper = [flag for flag in flags if getattr(model.rules(True), flag)]
+    paper = [flag for flag in flags if getattr(model.rules(True), flag, False)]
     effects = {}
     for flag in flags:
         others = [subset for subset in subsets if flag not in subset]

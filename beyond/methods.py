@@ -9,13 +9,14 @@ from beyond.rivals import ATTNLRP, CP_LRP, GIM
 from beyond.temperature import Temperature
 from beyond.twopoint import ROWS, TWO_POINT, TwoPoint
 from models import Rules
+from support.experts import RouterRules
 from support.methods import AP, ATP, Method
 
 NAMES = (
     *("ap", "atp", "atp*", "relp", "twopoint", "gim", "attnlrp", "cp-lrp"),
     *("eg", "eg-10", "ig", "eap-ig-5", "eap-ig-act-5"),
 )
-FLAGS = ("ln", "identity", "half", "ah")
+FLAGS = ("ln", "identity", "half", "ah", "router")
 NUMBERS = ("epsilon", "gamma", "temperature")
 
 
@@ -113,6 +114,10 @@ def parse_rules(text: str) -> bool | Rules:
         else:
             known = ", ".join([*FLAGS, *(f"{name}=X" for name in NUMBERS), *(f"{row}2" for row in ROWS)])
             raise UnknownRule(f"unknown rule {item!r}: choose paper, none, or from {known}")
+    if "router" in fields:
+        if two_point or "temperature" in fields:
+            raise ValueError("router goes with the rules of Table 1 only, not with temperature or two-point rows")
+        return RouterRules(**fields)
     if two_point:
         fields["two_point"] = tuple(two_point)
         return TwoPointTemperature(**fields) if "temperature" in fields else TwoPoint(**fields)

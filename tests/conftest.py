@@ -83,6 +83,14 @@ CHECKPOINTS = {  # name: (class of transformers' configuration, its fields)
             "full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 5e4},
         },
     }),
+    "qwen3-moe": ("Qwen3MoeConfig", {
+        **LLAMA, "head_dim": 12, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 10,
+        "mlp_only_layers": [1],
+    }),
+    "qwen3-moe-normed": ("Qwen3MoeConfig", {
+        **LLAMA, "head_dim": 12, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 10,
+        "norm_topk_prob": True, "decoder_sparse_step": 2, "tie_word_embeddings": True,
+    }),
     "phi3": ("Phi3Config", {**LLAMA, "sliding_window": 4, "original_max_position_embeddings": 64}),
     "phi3-long": ("Phi3Config", {
         **LLAMA, "original_max_position_embeddings": 16,
@@ -93,7 +101,7 @@ CHECKPOINTS = {  # name: (class of transformers' configuration, its fields)
     }),
 }  # fmt: skip
 FAMILIES = ["gpt2", "neox", "neox-sequential", "qwen2", "gemma2", "llama"]  # one checkpoint for each data flow
-NEWER = ["qwen3", "gemma3", "olmo3"]  # and for each one of support/families.py
+NEWER = ["qwen3", "gemma3", "olmo3", "qwen3-moe"]  # and for each one of support/families.py
 
 
 def hf_model(name: str):

@@ -251,7 +251,7 @@ def test_head_norms_obey_the_ln_rule(checkpoint):
     ("allenai/Olmo-3-1025-7B", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "must have full_attention"),
     ("Qwen/Qwen3-0.6B", {"rope_scaling": YARN | {"original_max_position_embeddings": -5}}, "embeddings = -5"),
     ("Qwen/Qwen3-0.6B", {"layer_types": ["chunked_attention"] * 28}, "layer_types has 'chunked_attention'"),
-    ("Qwen/Qwen3-0.6B", {"model_type": "qwen3_moe"}, "this project knows gpt2, gpt_neox, qwen2, gemma2, llama, qwen3"),
+    ("Qwen/Qwen3-0.6B", {"model_type": "qwen9"}, "this project knows gpt2, gpt_neox, qwen2, gemma2, llama, qwen3"),
     ("mistralai/Mistral-7B-v0.1", {"sliding_window": "4096"}, "attention windows"),
 ])  # fmt: skip
 def test_what_is_not_ours_is_refused_in_one_line(name, change, message):
@@ -295,4 +295,4 @@ except ValueError as error:
 
 
 def test_every_family_has_rules_and_a_block():
-    assert models.FAMILIES.keys() == models.TABLE_4.keys() and len(models.FAMILIES) == 11
+    assert models.FAMILIES.keys() == models.TABLE_4.keys() and len(models.FAMILIES) == 12

@@ -55,8 +55,8 @@ def imports(text: str, of_project: set[str], only_module_level: bool = False) ->
     return found
 
 
-# The one import that imports() does not see: if the file with the newer families is there, models.py takes them in.
-PLUGIN = ("import importlib\n", 'importlib.import_module("support.families")\n')
+# The one import that imports() does not see: if the files with the newer families are there, models.py takes them in.
+PLUGIN = ("import importlib\n", 'importlib.import_module("support.experts")')
 
 
 def faults(files: dict[str, str]) -> list[str]:

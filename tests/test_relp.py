@@ -233,7 +233,7 @@ def test_atp_is_the_derivative(name, checkpoint, pair):
     model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
     kinds = ("resid_pre", "attn_out", "mlp_out", "z", "mlp_hidden", "pattern", "q", "k", "v")
     nodes = [node for node in model.nodes if node in kinds]
-    assert len(nodes) == len(kinds)
+    assert len(nodes) == len(kinds) - (name == "qwen3-moe")  # which has no mlp_hidden
     assert_derivative(model, *pair, nodes, positions=(3, 6, 8))
 
 

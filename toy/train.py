@@ -377,6 +377,19 @@ CONFIGS = {  # config.json of each model, with the field names of the library `t
         "use_sliding_window": False,
     }
     | LLAMA_LIKE,
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_act": "silu",
+        "head_dim": 32,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+    }
+    | LLAMA_LIKE,
     "gemma2": {
         "model_type": "gemma2",
         "architectures": ["Gemma2ForCausalLM"],
@@ -435,7 +448,7 @@ def initialise(model: Transformer, embedding_std: float | None) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             std = model.config.d_model**-0.5
-            if name.endswith(("attn.o.weight", "mlp.down.weight")):
+            if name.endswith((".o.weight", ".down.weight")):
                 std /= math.sqrt(2 * model.config.n_layers)
             if name == "embed_tokens.weight" and embedding_std:
                 std = embedding_std
