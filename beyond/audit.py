@@ -146,13 +146,12 @@ def experts_gradient(m, x, x2, y, c, on, rounded):
     w = p * chosen
     if m.mixture.normed:
         p = w = w / w.sum(-1, keepdim=True)
-    share = 0.5 if "half" in on and "router" not in on else 1
     d, owed = torch.zeros_like(logits), []
     for e, y_e in zip(chosen.flatten(0, 1).any(0).nonzero().flatten(), of_experts):
         at = chosen[..., e].bool()
         d[at, e] = (c[at] * y_e[0]).sum(-1)
-        owed.append(share * (w[at, e][:, None] * c[at])[None])
-    d = share * p * (d - rounded((w * d).sum(-1, keepdim=True))) * ("router" not in on)
+        owed.append((w[at, e][:, None] * c[at])[None])
+    d = p * (d - rounded((w * d).sum(-1, keepdim=True))) * ("router" not in on)
     return [d, torch.zeros_like(chosen), *owed]  # the choice has no gradient
 
 
@@ -164,7 +163,7 @@ def sum_gradient(m, x, x2, y, c, on, rounded):
 NORMS = {"LayerNorm": norm_gradient, "RMSNorm": norm_gradient}
 LINEARS = {"Linear": linear_gradient, "Transformer": unembedding_gradient}
 CLAIMS = {  # rule: {module kind that it is for: the gradient owed}; zero is the 0-rule
-    **{"ln": NORMS, "identity": {"MLP": mlp_gradient}, "half": {"MLP": mlp_gradient, "Experts": experts_gradient}},
+    **{"ln": NORMS, "identity": {"MLP": mlp_gradient}, "half": {"MLP": mlp_gradient}},
     "router": {"Experts": experts_gradient},
     **{"ln2": NORMS, "identity2": {"MLP": mlp_gradient}, "half2": {"MLP": mlp_gradient}},
     **{rule: {"Attention": attention_gradient} for rule in ("ah", "attention2", "temperature", "products")},
@@ -307,7 +306,7 @@ class Audit:
         got = torch.autograd.grad(y, x, c, materialize_grads=True) if y.requires_grad else [x * 0 for x in x]
         x2 = self.seen["patch"][m][0] if m in self.seen["patch"] else x
         inputs = [[t.detach() for t in xs] for xs in (x, x2)]
-        rules = [r for r in CLAIMS if kind in CLAIMS[r] and not (r.startswith("half") and self.no_gate(m))]
+        rules = [r for r in CLAIMS if kind in CLAIMS[r] and not (r.startswith("half") and m.gate is None)]
         mine = [r for r in rules if r in self.asked]
         one_point = [r for r in ("ln", "identity", "half", "ah", "router") if r in rules]
         others = [r for r in one_point if not {r, f"{r}2"} & self.on.keys()]
@@ -330,9 +329,6 @@ class Audit:
             (self.applied if rule in visible else self.unseen)[rule][SHOWN.get(kind, kind)] += 1
         for fault in faults:
             self.fault(fault, name)
-
-    def no_gate(self, m: nn.Module) -> bool:
-        return "router" in self.on if kind_of(m) == "Experts" else m.gate is None
 
     def verdict(self, got, expected, best, mine, error, rounding, smallest) -> tuple[list[str], list[str]]:
         """The rules that change more than rounding does, and the faults. error: of each gradient, by rounding."""

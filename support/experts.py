@@ -3,7 +3,7 @@
     w = softmax(W_router x)        mlp_out = sum_e w_e mlp_e(x), over the n_chosen experts e with the largest w
 
 at each position by itself. The choice is constant: no gradient sees it, and no rule predicts what another choice would
-do. For the product w_e mlp_e(x) there are two rules, which RouterRules explains; README.md compares them.
+do. The weights are constant or not: RouterRules has both. toy/README.md compares them.
 
 models.py imports this file, and by it families.py, if it is there.
 """
@@ -21,13 +21,13 @@ from models import (
     LLAMA_NAMES,
     MLP,
     MOST,
-    SHORT_NAMES,
     TABLE_4,
     Config,
     Linear,
     Nodes,
     Rules,
     SequentialBlock,
+    const,
     is_size,
     quote,
     upcast,
@@ -45,15 +45,15 @@ class Mixture(NamedTuple):
 
 @dataclass(frozen=True)
 class RouterRules(Rules):
-    """Table 1, and with `router` sum_e [w_e]_const. mlp_e(x), ours: the weights are constant, as the AH-rule's pattern.
+    """Table 1, and a row of ours for the router: sum_e [w_e]_const. mlp_e(x), as the AH-rule has the pattern.
 
-    Without it, and in all other Rules, w_e mlp_e(x) is a gate like any other: the Half-rule holds for it, if it is on.
+    Without it, and in all other Rules, the product w_e mlp_e(x) keeps its plain gradient.
     """
 
     router: bool = False
 
     def route(self, weight: Tensor, y: Tensor) -> Tensor:
-        return weight.detach() * y if self.router else self.gate(weight, y)
+        return const(weight, self.router) * y
 
 
 class Expert(MLP):
@@ -75,7 +75,7 @@ class Experts(nn.Module):
         if hasattr(rules, "two_runs"):
             raise ValueError("two-point rules do not fit mixtures of experts: two runs may choose different experts")
         weights, chosen = self.choose(self.router(x, rules))
-        times = getattr(rules, "route", rules.gate)
+        times = getattr(rules, "route", torch.mul)
         y = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
             b, t, rank = (chosen == e).nonzero(as_tuple=True)  # where it is chosen
@@ -146,4 +146,3 @@ BLOCKS["qwen3_moe"] = Qwen3MoeBlock
 FAMILIES["qwen3_moe"] = qwen3_moe_config, LLAMA_NAMES | NORMS_OF_QK | NAMES
 IN_MEMORY["qwen3_moe"] = unstacked
 TABLE_4["qwen3_moe"] = Rules(ln=True, identity=True, half=True)
-SHORT_NAMES["qwen3-30b-a3b"] = "Qwen/Qwen3-30B-A3B-Base"

@@ -49,8 +49,6 @@ def every_expert_everywhere(m, x, rules):
     y = torch.stack([expert(x, rules, models.Nodes(None, 0)) for expert in m.experts], -1)
     if getattr(rules, "router", False):
         return (w.detach()[..., None, :] * y).sum(-1)
-    if rules.half:
-        return 0.5 * (w.detach()[..., None, :] * y + w[..., None, :] * y.detach()).sum(-1)
     return (w[..., None, :] * y).sum(-1)
 
 
@@ -85,7 +83,6 @@ def test_a_published_configuration():
     assert ours.mixture == (theirs.num_experts, theirs.num_experts_per_tok, 768, True, tuple(range(48)))
     assert (ours.d_mlp, ours.d_head, ours.n_kv_heads) == (6144, 128, 4) and set(ours.windows) == {None}
     assert Config.from_hf(theirs.to_dict() | {"rope_parameters": None, "rope_theta": 1e6}) == ours
-    assert models.SHORT_NAMES["qwen3-30b-a3b"] == "Qwen/Qwen3-30B-A3B-Base"
 
 
 @pytest.mark.parametrize("change, message", [
@@ -129,8 +126,7 @@ def test_the_audit_passes_what_is_right(name, dtype, load, tokens):
         if router:
             assert found["router"]["applied"] == {"Experts": n_mixtures}
         if rules.half:
-            assert found["half"]["applied"].get("Experts", 0) == (0 if router else n_mixtures)
-            assert found["half"]["applied"]["MLP"] > 3
+            assert found["half"]["applied"].keys() == {"MLP"} and found["half"]["applied"]["MLP"] > 3
 
 
 def test_experts_that_nobody_chooses_are_not_missed(load):
@@ -143,16 +139,15 @@ def test_experts_that_nobody_chooses_are_not_missed(load):
 def test_the_audit_names_what_is_wrong(load, tokens, monkeypatch):
     model, const_router = load("qwen3-moe"), RouterRules(half=True, router=True)
     with monkeypatch.context() as m:
-        m.setattr(RouterRules, "route", Rules.gate)
-        assert "router: changed no gradient in blocks.0.mlp, blocks.2.mlp" in blames(model, tokens, const_router)
+        m.setattr(RouterRules, "route", lambda self, weight, y: weight * y)
+        assert blames(model, tokens, const_router) == "router: changed no gradient in blocks.0.mlp, blocks.2.mlp"
     with monkeypatch.context() as m:
         m.setattr(RouterRules, "route", lambda self, weight, y: weight.detach() * y)
         assert blames(model, tokens, RouterRules()) == "router: applied unasked in blocks.0.mlp, blocks.2.mlp"
     with monkeypatch.context() as m:
-        m.setattr(RouterRules, "route", lambda self, weight, y: weight * y)
-        assert blames(model, tokens, RouterRules(half=True)) == (
-            "half: changed no gradient in blocks.0.mlp, blocks.2.mlp"
-        )
+        m.setattr(RouterRules, "route", Rules.gate)
+        says = "no rule: not the gradient owed in blocks.0.mlp, blocks.2.mlp"
+        assert blames(model, tokens, RouterRules(half=True)) == says
     with monkeypatch.context() as m:
         m.setattr(RouterRules, "route", lambda self, weight, y: weight * y.detach())
         assert blames(model, tokens, RouterRules()).startswith("no rule: not the gradient owed in blocks.0.mlp")

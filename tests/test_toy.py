@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 TOYS = ["gpt2", "neox", "qwen2", "gemma2"]
-ALL = [*TOYS, "qwen3", *(f"deep-{toy}" for toy in TOYS)]
+ALL = [*TOYS, "qwen3", "qwen3-moe", *(f"deep-{toy}" for toy in TOYS)]
 
 
 @pytest.mark.parametrize("toy", ALL)
@@ -96,8 +96,9 @@ def test_deep_models(family):
     train.initialise(model, train.DEEP.embedding_std)
     model.requires_grad_(False)
     assert model.embed_tokens.weight.std() == pytest.approx(0.02, rel=0.01)
-    assert model.blocks[0].mlp.up.weight.std() == pytest.approx(128**-0.5, rel=0.02)
-    assert model.blocks[0].mlp.down.weight.std() == pytest.approx(128**-0.5 / 4, rel=0.02)
+    mlp = getattr(model.blocks[0].mlp, "experts", [model.blocks[0].mlp])[0]
+    assert mlp.up.weight.std() == pytest.approx(128**-0.5, rel=0.02)
+    assert mlp.down.weight.std() == pytest.approx(128**-0.5 / 4, rel=0.02)
 
 
 def test_training_prompts_hold_out_what_is_tested():
