@@ -187,10 +187,16 @@ PHI = {  # the activation functions: act(x) = x * phi(x)
 }
 
 
+def drawn(std: float, *shape: int) -> nn.Parameter:
+    """Normal numbers to start from. On the meta device none: for these torch would load its compiler first."""
+    x = torch.empty(shape)
+    return nn.Parameter(x if x.is_meta else x.normal_(std=std))
+
+
 class Linear(nn.Module):
     def __init__(self, d_in: int, d_out: int, bias: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in).normal_(std=0.02))
+        self.weight = drawn(0.02, d_out, d_in)
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
     def forward(self, x: Tensor, rules: Rules) -> Tensor:
@@ -434,8 +440,9 @@ class Transformer(nn.Module):
     def __init__(self, config: "Config"):
         super().__init__()
         c = self.config = config
-        self.embed_tokens = nn.Embedding(c.n_vocab, c.d_model)
-        self.embed_positions = None if c.rotary else nn.Embedding(c.n_ctx, c.d_model)
+        self.embed_tokens = nn.Embedding.from_pretrained(drawn(1.0, c.n_vocab, c.d_model), freeze=False)
+        positions = None if c.rotary else drawn(1.0, c.n_ctx, c.d_model)
+        self.embed_positions = None if c.rotary else nn.Embedding.from_pretrained(positions, freeze=False)
         self.blocks = nn.ModuleList(BLOCKS[c.block](c, layer) for layer in range(c.n_layers))
         self.ln_f = LayerNorm(c) if c.layer_norm else RMSNorm(c)
         self.unembed_tokens = None if c.tied else Linear(c.d_model, c.n_vocab, bias=False)
@@ -722,10 +729,7 @@ class FixUp:
 
     load: Callable
     save: Callable
-
-
-def transposed(x: Tensor) -> Tensor:
-    return x.T if x.ndim == 2 else x
+    flipped: bool = False  # their matrices are [d_in, d_out]
 
 
 def load_interleaved(x: Tensor, n: int, c: Config) -> tuple[Tensor, ...]:
@@ -739,7 +743,7 @@ def save_interleaved(xs: list[Tensor], c: Config) -> Tensor:
 
 AS_IT_IS = FixUp(lambda x, n, c: x.chunk(n), lambda xs, c: torch.cat(xs))
 # GPT-2's Conv1D keeps its weights as [d_in, d_out]; its q, k, v stand one after the other
-CONV1D = FixUp(lambda x, n, c: transposed(x).chunk(n), lambda xs, c: transposed(torch.cat(xs)))
+CONV1D = FixUp(lambda x, n, c: x.t().chunk(n), lambda xs, c: torch.cat(xs).t(), flipped=True)
 INTERLEAVED = FixUp(load_interleaved, save_interleaved)  # GPT-NeoX: q, k and v of each head stand together
 QKV = ("blocks.{}.attn.q", "blocks.{}.attn.k", "blocks.{}.attn.v")
 
@@ -930,7 +934,8 @@ def match(model: Transformer, shapes: Shapes) -> dict[Path, dict[str, tuple[list
                 twice.append(theirs)
             found.add(name)
             names, fix = result[file][theirs] = table[name]
-            wanted = list(fix.save([ours[n] for n in names], c).shape)  # of meta tensors: costs nothing
+            wanted = [sum(len(ours[n]) for n in names), *ours[names[0]].shape[1:]]
+            wanted = wanted[::-1] if fix.flipped else wanted
             if shape != wanted:
                 raise ValueError(f"{file}: {theirs} has the shape {shape}, config.json asks for {wanted}")
     missing = [name for name in table if name not in found]
@@ -941,23 +946,20 @@ def match(model: Transformer, shapes: Shapes) -> dict[Path, dict[str, tuple[list
     return result
 
 
-def load_weights(
-    model: Transformer, matched: dict, dtype: torch.dtype, device: str | torch.device, read: Callable | None = None
-) -> None:
+def load_weights(model: Transformer, matched: dict, dtype: torch.dtype, device, read: Callable | None = None) -> None:
     """Fill a model on the meta device, tensor by tensor, from the files of match().
 
     read(file, names) yields (name, tensor); the default is read_tensors().
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     ours, values = dict(model.named_parameters()), {}
     for file, of_file in matched.items():
         for theirs, tensor in (read or read_tensors)(file, list(of_file)):
             names, fix = of_file[theirs]
             for n, piece in zip(names, fix.load(tensor, len(names), model.config)):
                 value = torch.empty(piece.shape, dtype=dtype, device=device).copy_(piece)
-                if isinstance(ours[n], DTensor):
-                    value = distribute_tensor(value, ours[n].device_mesh, ours[n].placements, src_data_rank=None)
+                if hasattr(ours[n], "device_mesh"):  # shared out over several processes
+                    share = torch.distributed.tensor.distribute_tensor
+                    value = share(value, ours[n].device_mesh, ours[n].placements, src_data_rank=None)
                 values[n] = value
     model.load_state_dict(values, assign=True)
 
@@ -983,8 +985,7 @@ def read_tensors(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         with corruption_of(file):
             if file.suffix == ".safetensors":
-                # Opened anew for each tensor, which frees the mapping before; the largest first. So little is mapped at
-                # the end, when most weights are loaded.
+                # Opened anew for each tensor, the largest first: so little is mapped when most weights are loaded.
                 with safe_open(file, framework="pt") as tensors:
                     tensor = tensors.get_tensor(name)
             else:
@@ -1061,9 +1062,8 @@ def fetch(name: str, file: str) -> Path:
         return Path(source) / file
     if not REPOSITORY.fullmatch(source):
         known = ", ".join(SHORT_NAMES)
-        raise ValueError(
-            f"unknown model {quote(name)}: give one of {known}, a Hub repository owner/name, or a directory"
-        )
+        reason = f"unknown model {quote(name)}: give one of {known}, a Hub repository owner/name, or a directory"
+        raise ValueError(reason)
     from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
 
     # Asked before at the commit in use, and there was none: asking again takes long without a network.
