@@ -96,7 +96,7 @@ class Qwen3MoeBlock(Qwen3Block):
 
     def __init__(self, c: Config, layer: int):
         super().__init__(c, layer)
-        self.mlp = Experts(c) if layer in c.mixture.layers else Expert(c)
+        self.mlp = Experts(c) if c.mixture and layer in c.mixture.layers else Expert(c)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def qwen3_moe_config(hf: dict) -> dict:
         raise ValueError(f"config.json has a router that chooses {chosen} of {n} experts")
     layers = [layer for layer in range(hf["num_hidden_layers"]) if (layer + 1) % step == 0]
     layers = tuple(layer for layer in layers if layer not in (hf.get("mlp_only_layers") or []))
-    mixture = Mixture(n, chosen, d_expert, bool(hf.get("norm_topk_prob", False)), layers)
+    mixture = Mixture(n, chosen, d_expert, bool(hf.get("norm_topk_prob", False)), layers) if layers else None
     return {**qwen3_config(hf), "block": "qwen3_moe", "mixture": mixture}
 
 

@@ -28,6 +28,7 @@ import evaluate
 import models
 import relp
 from models import TABLE_4, Config, Rules, Transformer
+from support.experts import RouterRules
 
 TOY = Path(__file__).parents[1] / "toy"
 LIMIT = 60  # seconds that a case may take
@@ -63,6 +64,10 @@ def random_config(rng: random.Random) -> dict:
         hf |= {"sliding_window_pattern": rng.randint(1, 3), "original_max_position_embeddings": 12}
     if "gemma" in family:
         hf |= {"attn_logit_softcapping": rng.choice([None, 5.0]), "query_pre_attn_scalar": rng.randint(1, 30)}
+    if "moe" in family:
+        n = rng.randint(1, 5)
+        hf |= {"num_experts": n, "num_experts_per_tok": rng.randint(1, n), "moe_intermediate_size": rng.randint(1, 9)}
+        hf |= {"norm_topk_prob": rng.random() < 0.5, "decoder_sparse_step": rng.randint(1, 2)}
     return {"model_type": family, "vocab_size": rng.randint(5, 60), **hf}
 
 
@@ -94,7 +99,7 @@ def check_ap(rng: random.Random, folder: Path) -> None:
     again = models.from_pretrained(str(folder), dtype=torch.float64)
     original, patch, answers = random_tokens(rng, model)
     assert torch.equal(model(original), again(original)), "a saved checkpoint is another model"
-    nodes = rng.sample([*model.nodes, *relp.PARTS_OF], 3)
+    nodes = rng.sample([*model.nodes, *(part for part, node in relp.PARTS_OF.items() if node in model.nodes)], 3)
     wanted = relp.patch_one_by_one(model, original, patch, answers, nodes)
     got = relp.activation_patching(again, original, patch, answers, nodes, rows=rng.choice([1, 3, 32]))
     for node in nodes:
@@ -103,9 +108,10 @@ def check_ap(rng: random.Random, folder: Path) -> None:
         assert off <= 1e-10 * scale, f"AP of {node} is off by {off:.2g}"
 
 
-def random_rules(rng: random.Random) -> Rules:
+def random_rules(rng: random.Random, model: Transformer) -> Rules:
     linear = rng.choice([{}, {}, {"epsilon": 10 ** rng.uniform(-6, 1)}, {"gamma": 10 ** rng.uniform(-3, 1)}])
-    return Rules(**{name: rng.random() < 0.5 for name in ("ln", "identity", "half", "ah")}, **linear)
+    flags = {name: rng.random() < 0.5 for name in ("ln", "identity", "half", "ah")}
+    return Rules(**flags, **linear) if model.config.mixture is None else RouterRules(**flags, **linear, router=True)
 
 
 def check_bits(rng: random.Random, folder: Path) -> None:
@@ -113,7 +119,7 @@ def check_bits(rng: random.Random, folder: Path) -> None:
     dtype = rng.choice([torch.float64, torch.float32, torch.bfloat16])
     _, model = random_model(rng, dtype)
     original, patch, _ = random_tokens(rng, model)
-    rules = random_rules(rng)
+    rules = random_rules(rng, model)
     plain = model(original)
     assert torch.equal(plain, model(original, lrp=rules)), f"{rules} changes the logits in {dtype}"
     if plain.isfinite().all():
