@@ -6,7 +6,7 @@
     logits = model(tokens, hook=hook)              # every named node passes through hook(name, layer, value)
 
 Read it from the top: the rules (Table 1 of the RelP paper), the pieces, one block per data flow, the transformer. The
-second half reads the configurations, names and weights of Hugging Face checkpoints; support/families.py has more.
+second half reads the configurations, names and weights of Hugging Face checkpoints; support/ has more.
 
 Shapes: b batch, t position, h head; d is d_model, or d_head after an h, as in [b, t, h, d]. tokens are ids, int64.
 Numbers in brackets, such as [58], are the paper's references.
@@ -188,7 +188,7 @@ PHI = {  # the activation functions: act(x) = x * phi(x)
 
 
 def drawn(std: float, *shape: int) -> nn.Parameter:
-    """Normal numbers to start from. On the meta device none: for these torch would load its compiler first."""
+    """Normal numbers to start from. On the meta device nothing is drawn: torch would load its compiler for that."""
     x = torch.empty(shape)
     return nn.Parameter(x if x.is_meta else x.normal_(std=std))
 
@@ -799,7 +799,7 @@ FAMILIES = {  # model_type in config.json: (the fields of Config from the conten
     "llama": (llama_config, LLAMA_NAMES),
 }
 
-# {family: what turns the names of transformers' modules into those of files}
+# {family: what turns the state_dict of a module of transformers into that of files}
 IN_MEMORY = {"gpt_neox": lambda x: {n.replace("lm_head", "embed_out"): tensor for n, tensor in x.items()}}
 # masks and frequencies that old checkpoints keep as buffers, and what reads images
 NOT_OURS = re.compile(r"\batt(n|ention)\.(masked_)?bias$|rotary_emb\.inv_freq$|vision_tower\.|multi_modal_projector\.")

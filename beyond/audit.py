@@ -138,7 +138,7 @@ def unembedding_gradient(m, x, x2, y, c, on, rounded):
 def experts_gradient(m, x, x2, y, c, on, rounded):
     """w_e c to the expert e; to the router's output, through the softmax p, dS_e = p_e (c . y_e - sum_j w_j c . y_j).
 
-    w is p where an expert is chosen, else 0. If it is normed, p is w: the softmax of the chosen ones alone.
+    w is p where an expert is chosen, else 0, as is c . y_e. If w is normed, p is w: the softmax of the chosen alone.
     """
     logits, chosen, *of_experts = x
     chosen = chosen.round()
@@ -291,8 +291,8 @@ class Audit:
         self.seen[self.now][m] = [x.detach() for x in x], args[0].detach(), y.detach()
         if self.now == "original":
             self.judge(m, x, out, torch.randn(out.shape, generator=self.random).to(out))
-            _, x_plain, y_plain = self.seen["plain"][m]
-            if torch.equal(args[0], x_plain) and not torch.equal(y, y_plain):
+            plain = self.seen["plain"].get(m)  # None: an expert that only a wrong forward pass has chosen
+            if plain and torch.equal(args[0], plain[1]) and not torch.equal(y, plain[2]):
                 self.fault("the forward pass is changed in", self.names[m])
         self.leaf[m] = leaf(y)
         return self.leaf[m]

@@ -1,11 +1,11 @@
-"""Mixtures of experts: Qwen3-MoE. It is Qwen3 (families.py), but its MLP is a sum of some of many small ones.
+"""Mixtures of experts: Qwen3-MoE. It is Qwen3 (families.py), but its MLP is a weighted sum of a few of many small MLPs.
 
     w = softmax(W_router x)        mlp_out = sum_e w_e mlp_e(x), over the n_chosen experts e with the largest w
 
 at each position by itself. The choice is constant: no gradient sees it, and no rule predicts what another choice would
-do. The weights are constant or not: RouterRules has both. toy/README.md compares them.
+do. The weights have their gradient, unless RouterRules(router=True) makes them constant; toy/README.md compares both.
 
-models.py imports this file, and by it families.py, if it is there.
+If this file exists, models.py imports it, and this file imports families.py.
 """
 
 from dataclasses import dataclass, replace
@@ -57,7 +57,7 @@ class RouterRules(Rules):
 
 
 class Expert(MLP):
-    """Its neurons are no node: each position has others."""
+    """An MLP without the node mlp_hidden, also in layers without experts: so all blocks have the same nodes."""
 
     def forward(self, x: Tensor, rules: Rules, node: Nodes) -> Tensor:
         return super().forward(x, rules, Nodes(None, 0))
@@ -75,14 +75,14 @@ class Experts(nn.Module):
         if hasattr(rules, "two_runs"):
             raise ValueError("two-point rules do not fit mixtures of experts: two runs may choose different experts")
         weights, chosen = self.choose(self.router(x, rules))
-        times = getattr(rules, "route", torch.mul)
+        weighted = getattr(rules, "route", torch.mul)
         y = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
-            b, t, rank = (chosen == e).nonzero(as_tuple=True)  # where it is chosen
+            b, t, rank = (chosen == e).nonzero(as_tuple=True)  # where it is chosen, as the 1st, 2nd, ... one
             if len(b):
-                own = expert(x[None, b, t], rules, node)  # [1, positions, d_model]
-                weight = weights[None, b, t, rank, None].to(own.dtype)
-                y = y.index_put((b, t), times(weight, own)[0], accumulate=True)
+                out = expert(x[None, b, t], rules, node)  # [1, positions, d_model]
+                weight = weights[None, b, t, rank, None].to(out.dtype)
+                y = y.index_put((b, t), weighted(weight, out)[0], accumulate=True)
         return y
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,39 +104,56 @@ class Qwen3MoeBlock(Qwen3Block):
 
 
 def qwen3_moe_config(hf: dict) -> dict:
-    """Experts in every decoder_sparse_step-th layer, but for those of mlp_only_layers."""
-    n = hf.get("num_experts") or hf["num_local_experts"]
-    chosen, d_expert, step = hf["num_experts_per_tok"], hf["moe_intermediate_size"], hf.get("decoder_sparse_step", 1)
-    for what, value in {
-        "experts": n,
-        "experts per token": chosen,
-        "neurons per expert": d_expert,
-        "step": step,
-    }.items():
+    """Experts in every decoder_sparse_step-th layer, but for those of mlp_only_layers. A window is in every layer."""
+    fields = {name: hf[name] for name in ("num_experts_per_tok", "moe_intermediate_size")}
+    fields["num_experts"] = hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"]
+    fields["decoder_sparse_step"] = hf.get("decoder_sparse_step", 1)
+    for name, value in fields.items():
         if not is_size(value):
-            raise ValueError(f"config.json of a mixture gives {what} = {quote(value)}: a positive number is needed")
-    if chosen > n:
-        raise ValueError(f"config.json has a router that chooses {chosen} of {n} experts")
-    layers = [layer for layer in range(hf["num_hidden_layers"]) if (layer + 1) % step == 0]
-    layers = tuple(layer for layer in layers if layer not in (hf.get("mlp_only_layers") or []))
-    mixture = Mixture(n, chosen, d_expert, bool(hf.get("norm_topk_prob", False)), layers) if layers else None
+            raise ValueError(f"config.json gives {name} = {quote(value)}: a positive whole number is needed")
+    n_chosen, d_expert, n_experts, step = fields.values()
+    if n_chosen > n_experts:
+        raise ValueError(f"config.json has a router that chooses {n_chosen} of {n_experts} experts")
+    n_layers, without, normed = (
+        hf["num_hidden_layers"],
+        hf.get("mlp_only_layers") or [],
+        hf.get("norm_topk_prob", False),
+    )
+    if not isinstance(without, list) or not all(layer in range(n_layers) for layer in without):
+        raise ValueError(f"config.json gives mlp_only_layers = {quote(without)}: a list of layers is needed")
+    if not isinstance(normed, bool):
+        raise ValueError(f"config.json gives norm_topk_prob = {quote(normed)}: true or false is needed")
+    layers = tuple(layer for layer in range(n_layers) if (layer + 1) % step == 0 and layer not in without)
+    if n_experts * len(layers) > MOST_EXPERTS:
+        raise ValueError(f"config.json has {n_experts} experts in {len(layers)} layers: above {MOST_EXPERTS}")
+    hf = {"head_dim": None, **hf, "layer_types": ["sliding_attention"] * n_layers}
+    mixture = Mixture(n_experts, n_chosen, d_expert, normed, layers) if layers else None
     return {**qwen3_config(hf), "block": "qwen3_moe", "mixture": mixture}
 
 
+# As in models.py: sizes that no model comes near
+MOST |= {"moe_intermediate_size": 10**6, "num_experts": 512, "num_local_experts": 512}
+MOST_EXPERTS = 50_000  # of all layers
+
+
 def unstacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers 5 stacks experts in memory, gate_up_proj [expert, 2 * d_expert, d_model]. In files each is alone."""
+    """transformers 5 stacks experts in memory: gate_up_proj [expert, 2 * d_expert, d_model], down_proj [expert, ...].
+
+    In files each has its own gate_proj, up_proj and down_proj.
+    """
     parts = {".experts.gate_up_proj": ("gate_proj", "up_proj"), ".experts.down_proj": ("down_proj",)}
     result = dict(tensors)
-    for name in tensors:
+    for name, stack in tensors.items():
         for end, names in parts.items():
-            for e, x in enumerate(result.pop(name)) if name.endswith(end) else ():
-                stem = name.rpartition(".")[0]
-                result |= {f"{stem}.{e}.{n}.weight": y for n, y in zip(names, x.chunk(len(names)))}
+            if name.endswith(end):
+                del result[name]
+                for e, x in enumerate(stack):
+                    stem = f"{name.rpartition('.')[0]}.{e}"
+                    result |= {f"{stem}.{n}.weight": y for n, y in zip(names, x.chunk(len(names)))}
     return result
 
 
-MOST |= {"moe_intermediate_size": 10**6, "num_experts": 256, "num_local_experts": 256}
-# Lines for experts that a model does not have stand for nothing
+# The names of as many experts as may be: layout() leaves out those that a model does not have
 NAMES = {"model.layers.{}.mlp.gate": "blocks.{}.mlp.router"} | {
     f"model.layers.{{}}.mlp.experts.{e}.{part}_proj": f"blocks.{{}}.mlp.experts.{e}.{part}"
     for e in range(MOST["num_experts"])

@@ -1,6 +1,6 @@
 """More families, made of the pieces of models.py: Qwen3, Gemma 3, Mistral, OLMo 2 and 3, Phi-3.
 
-models.py imports this file if it is there, and its tables then know these families too. What is new in their data flow:
+If this file exists, models.py imports it, and its tables then know these families too. What is new in their data flow:
 
     Qwen3     q = rotate(norm of each head(W_q ln1(x)))    x + attn,         then x + mlp(ln2(x))
     Gemma 3   the same                                     x + post(attn),   then x + post(mlp(ln2(x)))

@@ -88,8 +88,9 @@ CHECKPOINTS = {  # name: (class of transformers' configuration, its fields)
         "mlp_only_layers": [1],
     }),
     "qwen3-moe-normed": ("Qwen3MoeConfig", {
-        **LLAMA, "head_dim": 12, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 10,
-        "norm_topk_prob": True, "decoder_sparse_step": 2, "tie_word_embeddings": True,
+        **LLAMA, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 10,
+        "norm_topk_prob": True, "decoder_sparse_step": 2, "tie_word_embeddings": True, "use_sliding_window": True,
+        "sliding_window": 4,
     }),
     "phi3": ("Phi3Config", {**LLAMA, "sliding_window": 4, "original_max_position_embeddings": 64}),
     "phi3-long": ("Phi3Config", {

@@ -87,14 +87,19 @@ def test_a_published_configuration():
 
 @pytest.mark.parametrize("change, message", [
     ({"num_experts_per_tok": 129}, "a router that chooses 129 of 128 experts"),
-    ({"num_experts_per_tok": 0}, "experts per token = 0"),
-    ({"num_experts": 257}, "num_experts = 257: above 256"),
-    ({"num_experts": "8"}, "experts = '8'"),
-    ({"num_experts": None}, "lacks the field 'num_local_experts'"),
-    ({"moe_intermediate_size": -1}, "neurons per expert = -1"),
+    ({"num_experts_per_tok": 0}, "num_experts_per_tok = 0: a positive"),
+    ({"num_experts": 513}, "num_experts = 513: above 512"),
+    ({"num_experts": "8"}, "num_experts = '8'"),
+    ({"num_experts": 0}, "num_experts = 0"),
+    ({"num_experts": 500, "num_hidden_layers": 101}, "500 experts in 101 layers: above 50000"),
+    ({"moe_intermediate_size": -1}, "moe_intermediate_size = -1"),
     ({"moe_intermediate_size": 10**7}, "moe_intermediate_size = 10000000: above"),
-    ({"decoder_sparse_step": 0}, "step = 0"),
-    ({"mlp_only_layers": 3}, "a field of the wrong type"),
+    ({"moe_intermediate_size": None}, "moe_intermediate_size = None"),
+    ({"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
+    ({"mlp_only_layers": 3}, "mlp_only_layers = 3: a list of layers"),
+    ({"mlp_only_layers": ["1"]}, "mlp_only_layers = ..1..: a list of layers"),
+    ({"mlp_only_layers": [48]}, "mlp_only_layers = .48.: a list of layers"),
+    ({"norm_topk_prob": "false"}, "norm_topk_prob = 'false': true or false"),
 ])  # fmt: skip
 def test_impossible_mixtures_are_refused_in_one_line(change, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -134,6 +139,26 @@ def test_experts_that_nobody_chooses_are_not_missed(load):
     model = load("qwen3-moe")
     counts = audit(model, torch.tensor([[5]]), Rules(identity=True))["rules"]["identity"]
     assert counts["applied"] == {"MLP": 2 + 1 + 2}
+
+
+def test_a_wrong_forward_pass_may_choose_others(load, tokens, monkeypatch):
+    """The audit names where it is wrong, though it sees experts that the right one has not called."""
+    model = load("qwen3-moe")
+    monkeypatch.setattr(Rules, "gate", lambda self, a, b: -a * b if self.half else a * b)
+    for pos in range(3):
+        says = blames(model, tokens[pos : pos + 1, :2], Rules(half=True))
+        assert "the forward pass is changed in blocks.0.mlp.experts." in says and "the logits" in says
+
+
+def test_a_model_without_experts(checkpoint, tokens, tmp_path):
+    """decoder_sparse_step beyond its layers: a Qwen3."""
+    given = json.loads((checkpoint("qwen3")[0] / "config.json").read_text())
+    fields = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(given | fields | {"decoder_sparse_step": 4}))
+    shutil.copy(checkpoint("qwen3")[0] / "model.safetensors", tmp_path)
+    model = from_pretrained(str(tmp_path))
+    assert model.config.mixture is None
+    assert torch.equal(model(tokens), from_pretrained(str(checkpoint("qwen3")[0]))(tokens))
 
 
 def test_the_audit_names_what_is_wrong(load, tokens, monkeypatch):
