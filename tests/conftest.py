@@ -8,6 +8,11 @@ import torch
 
 torch.set_num_threads(1)  # the models are tiny: threads would only get in each other's way
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import results, statistics  # noqa: E402
+
+# What takes long and is not what most tests are about: those of intervals ask for as many resamples as they need.
+statistics.resamples.__defaults__ = (100, 0)  # B, seed
+results.save_figure.__defaults__ = (50,)  # dpi
 
 
 def pytest_configure(config):

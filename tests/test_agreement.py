@@ -125,7 +125,7 @@ def test_resamples():
     assert torch.equal(whole, resamples(groups, B=4000, seed=1))
     assert not torch.equal(whole, resamples(groups, B=4000, seed=2))
     state = torch.random.get_rng_state()
-    resamples(groups)
+    resamples(groups, B=1000)
     assert torch.equal(state, torch.random.get_rng_state())  # and nobody else's random numbers change
 
 
@@ -169,7 +169,7 @@ def test_means():
 def test_a_single_prompt_has_no_intervals():
     """It says nothing about the spread: every interval is NaN, that of an accuracy too, and the numbers are there."""
     scores, ap, _ = draw(0)
-    weights = resamples(["g"])
+    weights = resamples(["g"], B=1000)
     assert weights.shape == (1001, 1) and (weights[0] == 1).all() and (weights[1:] == 0).all()
     got = agreement(scores[:1], ap[:1], ["g"], weights=weights)
     assert got.keys() == MEASURES
@@ -187,7 +187,7 @@ def test_a_single_prompt_has_no_intervals():
 def test_interval_by_resampling():
     """The stratified percentile interval, from another random generator."""
     scores, ap, groups = draw(4, n=30)
-    low, high = interval(agreement(scores, ap, groups, weights=resamples(groups))["averaged"])
+    low, high = interval(agreement(scores, ap, groups, weights=resamples(groups, B=1000))["averaged"])
     rng, values = np.random.default_rng(0), []
     strata = [[i for i, g in enumerate(groups) if g == group] for group in dict.fromkeys(groups)]
     for _ in range(400):
@@ -201,7 +201,7 @@ def test_interval_by_resampling():
 def test_differences_are_paired():
     """Two methods that are wrong alike: prompts move both, and not the difference."""
     scores, ap, groups = draw(0, n=40)
-    weights = resamples(groups)
+    weights = resamples(groups, B=1000)
     one, other = (agreement(s, ap, groups, weights=weights) for s in (scores, scores + 0.01 * ap))
     for measure in ("averaged", "pooled", "per_prompt"):
         low, high = interval(other[measure] - one[measure])

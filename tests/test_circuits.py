@@ -27,7 +27,7 @@ from beyond.methods import method as method_of
 from support import circuit_figures, circuits
 from support.results import without_nan
 from support.saes import load_saes
-from support.statistics import estimate
+from support.statistics import estimate, resamples
 from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +89,14 @@ def filled(means, value):
         key: torch.rand(len(features), features.shape[1] + 1, generator=g) < value
         for key, (features, _) in means.items()
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_resamples():
+    """As many as users get: intervals are computed by hand here."""
+    few, resamples.__defaults__ = resamples.__defaults__, (1000, 0)
+    yield
+    resamples.__defaults__ = few
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def source() -> dict[str, str]:
     return {name.removesuffix(".__init__"): file.read_text(encoding="utf-8") for name, file in zip(names, files)}
 
 
-def imports(text: str, of_project: set[str], only_module_level: bool = False) -> set[str]:
+@cache
+def imports(text: str, of_project: frozenset[str], only_module_level: bool = False) -> set[str]:
     """The modules that a file imports, anywhere in it. `from support import tables` is support.tables."""
     found, todo = set(), [ast.parse(text)]
     while todo:
@@ -65,7 +67,7 @@ def faults(files: dict[str, str]) -> list[str]:
     for name, text in files.items():
         for line in PLUGIN if name == "models" else ():
             text = text.replace(line, "pass\n", 1)
-        folder, imported = name.split(".")[0], imports(text, set(files))
+        folder, imported = name.split(".")[0], imports(text, frozenset(files))
         if folder == "toy":  # scripts import their neighbours without the folder's name
             imported = {f"toy.{m}" if f"toy.{m}" in files else m for m in imported}
         if folder not in MAY_IMPORT:
@@ -78,7 +80,7 @@ def faults(files: dict[str, str]) -> list[str]:
         found += [f"{name} imports {m}: not seen here" for m in imported if m.startswith(".")]
         found += [f"{name} uses {word}: not seen here" for word in ("__import__", "importlib") if word in text]
         if name in ("relp", "models"):  # models may import other packages where it needs them, but not at the top
-            packages = {m.split(".")[0] for m in imports(text, set(files), only_module_level=name == "models")}
+            packages = {m.split(".")[0] for m in imports(text, frozenset(files), only_module_level=name == "models")}
             packages -= {*sys.stdlib_module_names, *MAY_IMPORT, "torch"}
             found += [f"{name} imports {m}" for m in sorted(packages)]
     try:
@@ -91,7 +93,7 @@ def faults(files: dict[str, str]) -> list[str]:
 def test_every_file_imports_only_what_stands_below_it():
     files = source()
     assert LOW | {"evaluate", "toy.train", "support.tables", "beyond.grid", "support", "beyond"} < files.keys()
-    assert imports(files["evaluate"], set(files)) >= {"beyond.audit", "support.tables", *LOW}  # imports are found
+    assert imports(files["evaluate"], frozenset(files)) >= {"beyond.audit", "support.tables", *LOW}  # imports are found
     assert faults(files) == []
 
 

@@ -75,7 +75,7 @@ def undisturbed(checkpoint, prompts, tmp_path_factory):
 # Several processes
 
 
-@pytest.mark.parametrize("options", [[], ["--shard"], ["--pairs", "1"]], ids=["prompts", "shard", "one-prompt"])
+@pytest.mark.parametrize("options", [[], ["--pairs", "1"]], ids=["prompts", "one-prompt"])
 def test_two_processes_give_the_numbers_of_one(options, undisturbed, tmp_path):
     arguments, wanted = undisturbed
     result = torchrun(*arguments, *options, "--out", tmp_path)
@@ -211,10 +211,9 @@ def test_what_is_kept_of_ap_survives_runs_of_other_methods(undisturbed, kill):
     arguments, wanted = undisturbed
     out = kill(11)
     before = unfinished(out)
-    # the last run's AP of the listed nodes is not this AP
-    for options in (["--methods", "atp,relp"], ["--methods", "atp", "--verify", "2", "--nodes", "mlp_out"]):
-        result = command(*arguments, *options, "--out", out)
-        assert result.returncode == 0 and unfinished(out) == before and "dropped" not in result.stdout, result.stderr
+    options = ["--methods", "atp", "--verify", "2", "--nodes", "mlp_out"]  # this AP of the listed nodes is another one
+    result = command(*arguments, *options, "--out", out)
+    assert result.returncode == 0 and unfinished(out) == before and "dropped" not in result.stdout, result.stderr
     result = command(*arguments, "--out", out)
     assert result.returncode == 0 and "8 positions of this batch are done" in result.stdout, result.stderr
     got = scores(out)

@@ -86,7 +86,7 @@ def test_activation_patching_is_its_definition(name, metric, checkpoint, pair):
         assert (got[node][:, :, :3] == 0).all()
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "gemma3"])
+@pytest.mark.parametrize("name", ["gpt2", "neox", "qwen2", "gemma2", "gemma3"])
 def test_heads_and_neurons(name, checkpoint, pair):
     """Parts of a node: AP by definition; AtP's and RelP's scores add up to the whole node's."""
     model = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64)
@@ -207,7 +207,7 @@ def test_cells_where_the_runs_agree_are_exactly_zero(checkpoint, pair):
     assert (differs["resid_pre"][:, 0] == (pair[0] != pair[1])).all()  # layer 0: the tokens themselves
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "gemma2"])
 def test_the_plain_loop_is_exactly_zero_in_every_kind_of_node(name, checkpoint, pair):
     """All kinds in one call: the pattern, whose presence changes how attention is computed, must not leave rounding."""
     model, pair = from_pretrained(str(checkpoint(name)[0])), [pair[0][:2, :5], pair[1][:2, :5], pair[2][:2]]
