@@ -190,6 +190,8 @@ def test_relevance_is_kept_if_the_router_is_constant(load, tokens):
     assert max(map(abs, some["lost"]["Experts"])) > 1e-3 and some["lost"]["Experts"][1] == 0
     for kind in some["lost"].keys() - {"Experts"}:
         assert max(map(abs, some["lost"][kind])) < 1e-6, kind
+    of_activation = conservation(model, tokens, answers, lrp=RouterRules(True, False, True, True, router=True))["lost"]
+    assert max(map(abs, of_activation["Expert"])) > 1e-3 and max(map(abs, of_activation["Experts"])) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
