@@ -14,12 +14,17 @@ from pathlib import Path
 import fuzz
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from safetensors.torch import load_file, save_file
 from test_evaluate import IDS, NODES, jsonl, results, run, same, tiny, written  # noqa: F401
 
 import evaluate
+import tasks
 from support import figures
+from support.methods import AP
 from support.results import fingerprint
+from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -413,6 +418,18 @@ def test_dollars_are_no_mathematics(tiny, run, tmp_path):
         code, out, err = run("--model", named, "--prompts", prompts)
         assert (code, err) == (0, []) and "could not be drawn" not in out
     assert list(tmp_path.glob("out/*/heatmaps.png"))
+
+
+@pytest.mark.parametrize("node, shape", [("head", (3, 2, 16, 4)), ("mlp_out", (3, 2, 16))])
+def test_the_title_fits(node, shape):
+    """A figure of heads is narrow, and the model's name may be long."""
+    pairs = tasks.ioi(load_tokenizer("toy-gpt2"), 3)
+    name = "results/of/a/model-with-a-long-name"
+    figure = figures.heatmaps(name, {("ap", node): np.ones(shape)}, [AP], [node], pairs, "logit_diff")
+    FigureCanvasAgg(figure).draw()
+    title = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text().startswith("results"))[0]
+    box = title.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
 
 
 def test_a_figure_that_fails_costs_the_figure(tiny, run, tmp_path, monkeypatch):
