@@ -591,7 +591,7 @@ class Options:
     rules: str = option(
         "paper",
         "RULES",
-        "paper, none, or of ln,identity,half,ah,epsilon=X,gamma=X,temperature=X; "
+        "paper, none, or of ln,identity,half,ah,router,epsilon=X,gamma=X,temperature=X; "
         "two-point: ln2,identity2,half2,attention2",
         read_rules,
     )

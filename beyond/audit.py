@@ -1,11 +1,11 @@
 """The audit: are the rules in use those that were asked for?
 
 The audit does not trust what the model says of itself, it looks at gradients only. A forward pass is cut into pieces:
-norms, linear layers, the core of attention (from q, k and v to o) and of the MLP (from gate and up to down), a block's
-sum, the unembedding. A random signal c goes back through each piece, and is compared with what a formula says that is
-written here by hand and calls no rule. What counts as equal is measured: the formula is computed in float64, and once
-more in the model's precision, with inputs and what is marked `rounded` changed by up to one rounding. As far as these
-two differ, the model may too.
+norms, linear layers, the core of attention (from q, k and v to o) and of the MLP (from gate and up to down), the sum of
+experts, a block's sum, the unembedding. A random signal c goes back through each piece, and is compared with what a
+formula says that is written here by hand and calls no rule. What counts as equal is measured: the formula is computed
+in float64, and once more in the model's precision, with inputs and what is marked `rounded` changed by up to one
+rounding. As far as these two differ, the model may too.
 """
 
 import math
