@@ -3,7 +3,7 @@
 import fuzz
 import pytest
 
-CASES = {"ap": 12, "bits": 20, "config": 10, "tokenizer": 8, "weights": 8, "prompts": 8, "kept": 4, "options": 10}
+CASES = {"ap": 8, "bits": 20, "config": 10, "tokenizer": 8, "weights": 8, "prompts": 8, "kept": 4, "options": 10}
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
