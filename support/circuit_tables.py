@@ -19,9 +19,11 @@ def print_structure(name: str, s: Structure, labels: dict[str, str], metric: str
         f"  {s.chosen.size} units from layer {s.first_layer} on, found by {labels[s.chosen.method]}, have a "
         f"faithfulness of {s.chosen.faithfulness:.2f}; the strongest, and the prompts on which they fire most:"
     )
-    print(f"    {'layer node':18}{'unit':>6}  {'position':10}" + "".join(f"{labels[m]:>9}" for m in s.features))
+    widths = {m: max(9, len(labels[m]) + 2) for m in s.features}
+    heads = "".join(f"{labels[m]:>{width}}" for m, width in widths.items())
+    print(f"    {'layer node':18}{'unit':>6}  {'position':10}{heads}")
     for u in s.strongest:
-        numbers = "".join(f"{u['scores'][m]:9.3f}" for m in s.features)
+        numbers = "".join(f"{u['scores'][m]:{width}.3f}" for m, width in widths.items())
         prompts = ", ".join(f"{text.strip()!r} {value:.1f}" for text, value in u["fires_most_on"][:2])
         print(f"    {u['layer']:>5} {u['node']:12}{u['unit']:>6}  {u['role'].strip():10}{numbers}  {prompts}")
     if legend(s.roles):
@@ -45,17 +47,17 @@ def print_circuits(summary: dict, methods: list[Method]) -> None:
             for measure in ("averaged", "spearman", "slope"):
                 line += f"{average(s['agreement'][name]['all'][measure].value for s in structures):10.3f}"
         print(line)
-    columns = "".join(f"{n:>6}" for n in SIZES)
-    print(f"\n  {'':34}{'faithfulness':>24}{'':23} |{'completeness':>24}")
-    print(f"  {'circuits of so many units':34}{columns}{'mean':>9}{'95 %':>9}{'':5} |{columns}")
+    columns, width = "".join(f"{n:>6}" for n in SIZES), max(8, *map(len, labels.values()))
+    print(f"\n  {'':{26 + width}}{'faithfulness':>24}{'':23} |{'completeness':>24}")
+    print(f"  {'circuits of so many units':{26 + width}}{columns}{'mean':>9}{'95 %':>9}{'':5} |{columns}")
     for variant, (title, *_) in VARIANTS.items():
         faithful, complete = (summary[measure][variant] for measure in ("faithfulness", "completeness"))
         for method in faithful:
             value, low, high = faithful[method]["mean"]
             at = ["".join(f"{of[method]['sizes'][n].value:6.2f}" for n in SIZES) for of in (faithful, complete)]
-            print(f"  {title:26}{labels[method]:8}{at[0]}{value:9.3f} [{low:.3f} {high:.3f}] |{at[1]}")
+            print(f"  {title:26}{labels[method]:{width}}{at[0]}{value:9.3f} [{low:.3f} {high:.3f}] |{at[1]}")
             title = ""
         for other, of in summary["differences"].get(variant, {}).items():
             value, low, high = of["faithfulness"]
             name = "RelP - " + labels[other.split()[-1]]
-            print(f"  {'':26}{name:32}{value:+9.3f} [{low:+.3f} {high:+.3f}]")
+            print(f"  {'':26}{name:{24 + width}}{value:+9.3f} [{low:+.3f} {high:+.3f}]")
