@@ -363,7 +363,7 @@ class MLP(nn.Module):
 #     z                               the heads' outputs                                      [b, t, n_heads, d_head]
 #     attn_out                        what attention adds to the stream (after the post-norm)         [b, t, d_model]
 #     resid_mid                       the stream between attention and MLP                    [b, t, d_model]
-#     mlp_hidden                      the MLP's neurons, after activation and gate            [b, t, d_mlp]
+#     mlp_hidden                      the MLP's neurons, after activation and gate; not in mixtures    [b, t, d_mlp]
 #     mlp_out                         what the MLP adds to the stream (after the post-norm)   [b, t, d_model]
 #     resid_post                      the stream after the block                              [b, t, d_model]
 #
