@@ -114,13 +114,10 @@ def qwen3_moe_config(hf: dict) -> dict:
     n_chosen, d_expert, n_experts, step = fields.values()
     if n_chosen > n_experts:
         raise ValueError(f"config.json has a router that chooses {n_chosen} of {n_experts} experts")
-    n_layers, without, normed = (
-        hf["num_hidden_layers"],
-        hf.get("mlp_only_layers") or [],
-        hf.get("norm_topk_prob", False),
-    )
+    n_layers, without = hf["num_hidden_layers"], hf.get("mlp_only_layers") or []
     if not isinstance(without, list) or not all(layer in range(n_layers) for layer in without):
         raise ValueError(f"config.json gives mlp_only_layers = {quote(without)}: a list of layers is needed")
+    normed = hf.get("norm_topk_prob", False)
     if not isinstance(normed, bool):
         raise ValueError(f"config.json gives norm_topk_prob = {quote(normed)}: true or false is needed")
     layers = tuple(layer for layer in range(n_layers) if (layer + 1) % step == 0 and layer not in without)
