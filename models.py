@@ -220,7 +220,7 @@ class RMSNorm(nn.Module):
     def __init__(self, c: "Config", size: int | None = None):
         super().__init__()
         self.eps, self.offset = c.eps, c.norm_offset
-        self.weight = nn.Parameter(torch.ones(size or c.d_model) - self.offset)
+        self.weight = nn.Parameter(torch.full([size or c.d_model], 1 - self.offset))
 
     def forward(self, x: Tensor, rules: Rules) -> Tensor:
         # Gemma stores w and scales by 1 + w: added here, since 1 + w would lose digits of w in low precision
@@ -934,7 +934,7 @@ def match(model: Transformer, shapes: Shapes) -> dict[Path, dict[str, tuple[list
                 twice.append(theirs)
             found.add(name)
             names, fix = result[file][theirs] = table[name]
-            wanted = [sum(len(ours[n]) for n in names), *ours[names[0]].shape[1:]]
+            wanted = [sum(len(ours[n]) for n in names), *ours[names[0]].shape[1:]]  # ours, one after the other
             wanted = wanted[::-1] if fix.flipped else wanted
             if shape != wanted:
                 raise ValueError(f"{file}: {theirs} has the shape {shape}, config.json asks for {wanted}")

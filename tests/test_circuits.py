@@ -884,3 +884,16 @@ def test_output_folders_that_cannot_be(capsys, tmp_path):
     printed, err = capsys.readouterr()
     assert len(err.splitlines()) == 1 and "cannot write" in err and printed == ""
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_tables_with_long_names_stay_in_their_columns(run):  # noqa: F811
+    few = ["--structures", "simple", "--pairs", 3, "--held-out", 3, "--thresholds", "1e-3,1e-1,2", "--no-plot"]
+    code, out, err = run("--task", "sva", "--methods", "ap,relp,twopoint,ln+identity", *few)
+    assert (code, err) == (0, [])
+    lines = out.splitlines()
+    (head,) = (line for line in lines if "layer node" in line)
+    assert head.split()[-4:] == ["AP", "RelP", "two-point", "ln+identity"]
+    (first,) = (i for i, line in enumerate(lines) if "circuits of so many units" in line)
+    rows = [line for line in lines[first:] if "[" in line]
+    assert len(rows) > 20 and len({line.index("[") for line in rows}) == 1
+    assert any(line[28:].startswith("ln+identity ") for line in rows)

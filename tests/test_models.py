@@ -368,3 +368,15 @@ def test_the_rope_of_llama_3():
     theirs = LlamaConfig(**sizes, rope_parameters=rope)
     ours = Config.from_hf({**theirs.to_dict(), "model_type": "llama"})
     torch.testing.assert_close(torch.tensor(ours.rotary[0].freqs), LlamaRotaryEmbedding(theirs).inv_freq)
+
+
+def test_loading_does_not_start_the_compiler():
+    """It would take torch a second, as soon as something is drawn or joined on the meta device."""
+    code = """
+import sys, models
+before = "torch._dynamo" in sys.modules
+for toy in ("gpt2", "neox", "gemma2", "qwen3-moe"):
+    models.from_pretrained(f"toy-{toy}")
+assert ("torch._dynamo" in sys.modules) == before
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(relp.__file__).parent, check=True)
