@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ def refused(run, tmp_path):
     def call(*arguments):
         code, out, err = run(*arguments)
         assert code == 2 and len(err) == 1 and err[0].startswith("evaluate.py: error: "), err
-        assert not list((tmp_path / "out").rglob("s*.*"))  # no scores.npz, no summary.json
+        assert not list((tmp_path / "out").glob("*/s*.*"))  # no scores.npz, no summary.json
         return err[0]
 
     return call
@@ -32,16 +31,14 @@ def refused(run, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--nodes", "resid_pre,resid_mud"], ["node", "resid_mud", "resid_mid"]),
-    (["--nodes", ""], ["node", "''"]),
-    (["--nodes", "mlp"], ["node", "'mlp'"]),
+    (["--nodes", ""], ["--nodes", "empty"]),
     (["--methods", "ap,lime"], ["method", "lime", "relp"]),
+    (["--methods", "ln+epsilon=0"], ["epsilon", "0"]),
     (["--rules", "ln,magic"], ["rule", "magic", "identity"]),
-    (["--rules", "epsilon"], ["epsilon", "number"]),
+    (["--rules", "epsilon"], ["epsilon=X"]),
     (["--rules", "epsilon=-1"], ["epsilon", "-1"]),
     (["--rules", "gamma=nan"], ["gamma", "nan"]),
     (["--rules", "epsilon=1,gamma=1"], ["epsilon", "gamma"]),
-    (["--rules", "ln=2"], ["ln=2"]),
-    (["--rules", "paper,ah"], ["paper"]),
     (["--metric", "loss"], ["metric", "loss", "prob_diff"]),
     (["--corruption", "noise"], ["corruption", "noise", "s2"]),
     (["--dtype", "int8"], ["dtype", "int8", "bfloat16"]),
@@ -49,29 +46,34 @@ def refused(run, tmp_path):
     (["--device", "cuda:99"], ["device", "cuda:99"]),
     (["--device", "meta"], ["device", "meta"]),
     (["--pairs", "0"], ["--pairs", "0"]),
-    (["--pairs", "-3"], ["--pairs", "-3"]),
-    (["--pairs", "100000000"], ["n must be", "100000000"]),
+    (["--pairs", "100000000"], ["100000000"]),
     (["--pairs", "abc"], ["--pairs", "abc"]),
     (["--seed", "1.5"], ["--seed", "1.5"]),
+    (["--seed", "-1"], ["--seed", "-1"]),
     (["--batch-size", "0"], ["--batch-size", "0"]),
     (["--batch-size", "many"], ["--batch-size", "many"]),
-    (["--task", "sums"], ["task", "sums", "ioi", "sva"]),
+    (["--batch-size", "9" * 30], ["--batch-size", "2147483647"]),
+    (["--steps", "0"], ["--steps", "0"]),
+    (["--task", "edges"], ["--task", "edges", "ioi", "sva"]),
     (["--prompts", "no-such-file.jsonl"], ["no-such-file.jsonl"]),
     (["--prompts", "."], ["directory"]),
+    (["--prompts", ""], ["--prompts", "empty"]),
     (["--frobnicate"], ["--frobnicate"]),
-    (["--prompts", ""], ["--prompts", "''"]),
-    (["--seed", str(2**64)], ["--seed", "2^64"]),
-    (["--seed", str(-(2**63) - 1)], ["--seed", "-2^63"]),
-    (["--batch-size", "9" * 30], ["--batch-size", "2147483647"]),
-    (["--device", "hpu"], ["device", "hpu"]),
-    (["--device", "privateuseone"], ["device", "privateuseone"]),
-    (["--rules", "ln,gamma=1e308"], ["gamma", "1e+308", "1e12"]),
-    (["--rules", "epsilon=1e-46"], ["epsilon", "1e-46", "1e-12"]),
-    (["--rules", "temperature=1e-320"], ["temperature", "1e-12"]),
-    (["--methods", "ln+epsilon=0"], ["ln+epsilon=0", "positive number"]),
-    (["--methods", "epsilon=1+gamma=1"], ["epsilon=1+gamma=1", "choose one"]),
+    (["--pair", "3"], ["--pair"]),  # no abbreviations
+    (["--shard"], ["--shard", "torchrun"]),
+    (["--held-out", "5"], ["--held-out", "no meaning with --task ioi"]),
+    (["--structures", "simple"], ["--structures", "no meaning with --task ioi"]),
+    (["--task", "sva", "--corruption", "s2"], ["--corruption", "no meaning with --task sva"]),
+    (["--task", "sva", "--shard"], ["--shard", "no meaning with --task sva"]),
+    (["--task", "sva", "--metric", "kl"], ["kl", "no meaning with --task sva"]),
+    (["--task", "sva", "--methods", "ap,atp*"], ["atp*", "no meaning with --task sva"]),
+    (["--model", "toy-neox", "--task", "sva", "--structures", "simple,hard"], ["structure", "hard", "across_pp"]),
     (["--task", "sva", "--thresholds", "1e-4,1,1000000000000"], ["--thresholds", "up to 1000"]),
-    (["--task", "sva", "--saes", "x" * 5000], ["no SAEs at"]),
+    (["--task", "sva", "--thresholds", "1,2"], ["--thresholds", "LOW,HIGH,COUNT"]),
+    (["--task", "sva"], ["no sparse autoencoders are known for", "--saes"]),
+    (["--task", "sva", "--saes", "x" * 5000], ["SAE"]),
+    (["--prompts", "x.jsonl", "--corruption", "s2"], ["--corruption", "no meaning with --prompts"]),
+    (["--task", "sva", "--prompts", "x.jsonl", "--structures", "simple"], ["--structures", "--prompts"]),
 ], ids=label)  # fmt: skip
 def test_arguments(arguments, words, tiny, refused):
     message = refused("--model", tiny["gpt2"], *arguments)
@@ -79,8 +81,8 @@ def test_arguments(arguments, words, tiny, refused):
 
 
 @pytest.mark.parametrize("rows, words", [
-    ([], ["no pairs"]),
-    (["", "  "], ["no pairs"]),
+    ([], ["none of its 0 lines"]),
+    (["", "  "], ["none of its 2 lines"]),
     (["{"], ["line 1", "JSON"]),
     ([IDS, "[1]"], ["line 2", "object"]),
     ([IDS, {"original": [1]}], ["line 2", "patch"]),
@@ -88,17 +90,17 @@ def test_arguments(arguments, words, tiny, refused):
     ([{**TEXT, "patch_prefix": "Then Mary went to"}], ["line 1", "equally many", "' to'"]),
     ([{**TEXT, "clean_answer": "has"}], ["line 1", "original_answer", "one token", "3 tokens"]),
     ([{**IDS, "patch_answer": [1, 2]}], ["line 1", "patch_answer", "2 tokens"]),
-    ([{**IDS, "original": [5, 6, 7, 100000]}], ["line 1", "original", "100000"]),
+    ([{**IDS, "original": [5, 6, 7, 100000]}], ["line 1", "100000", "ends at 321"]),
     ([{**IDS, "patch_answer": -1}], ["line 1", "patch_answer", "-1"]),
     ([{**IDS, "original": [5, 6, 7, 1.5]}], ["line 1", "1.5"]),
-    ([{**IDS, "original": [], "patch": []}], ["line 1", "empty"]),
+    ([{**IDS, "original": [], "patch": []}], ["line 1", "original", "[]"]),
     ([{**IDS, "patch": IDS["original"]}], ["line 1", "differ"]),
     ([{**IDS, "patch_answer": 1}], ["line 1", "differ"]),
     ([{**IDS, "original": "Then"}], ["line 1", "both"]),
     ([{**IDS, "original": [5] * 41, "patch": [6] * 41}], ["41", "40"]),  # the context
-    (["[" * 200_000], ["line 1", "nested"]),
+    (["[" * 200_000], ["line 1", "not JSON"]),
     (['{"original": "' + "x" * 10**6 + '"}'], ["line 1", "patch"]),
-    ([{**TEXT, "clean_prefix": "x " * 10**5}], ["line 1", "equally many", "..."]),
+    ([{**TEXT, "clean_prefix": "x " * 10**5}], ["line 1", "equally many", "200000 tokens"]),
 ], ids=label)  # fmt: skip
 def test_prompt_files(rows, words, tiny, refused, tmp_path):
     message = refused("--model", tiny["gpt2"], "--prompts", jsonl(tmp_path / "bad.jsonl", *rows))
@@ -110,20 +112,10 @@ def test_long_names(refused):
     assert "unknown model" in refused("--model", "a\0b")
 
 
-def test_a_bug_is_called_one(tiny, run, monkeypatch, tmp_path):
-    """Exit code 1, a line, and the traceback in a file; the next model is still run."""
-    evaluate_nodes, times = evaluate.EXPERIMENTS["ioi"], []
-
-    def once(*args):
-        times.append(args)
-        return 1 / 0 if len(times) == 1 else evaluate_nodes(*args)
-
-    monkeypatch.setattr(evaluate, "EXPERIMENTS", {"ioi": once})
-    code, out, err = run("--model", tiny["gpt2"], tiny["gemma2"], "--pairs", 3, "--no-plot", "--methods", "atp")
-    assert code == 1 and len(err) == 1 and "this is a bug; the traceback is in" in err[0]
-    text = Path(err[0].split()[-1]).read_text()
-    assert "ZeroDivisionError" in text and "in once" in text
-    assert (tmp_path / "out" / "gemma2-ioi" / "scores.npz").exists()
+def test_a_bug_of_ours_is_a_traceback(tiny, run, monkeypatch):
+    monkeypatch.setitem(evaluate.EXPERIMENTS, "ioi", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("--model", tiny["gpt2"])
 
 
 @pytest.mark.parametrize(
@@ -133,8 +125,8 @@ def test_out_of_memory(error, tiny, refused, monkeypatch):
     def experiment(*_):
         raise error
 
-    monkeypatch.setattr(evaluate, "EXPERIMENTS", {"ioi": experiment})
-    assert "gpt2: out of memory; try a smaller --batch-size" in refused("--model", tiny["gpt2"])
+    monkeypatch.setitem(evaluate.EXPERIMENTS, "ioi", experiment)
+    assert "out of memory; try a smaller --batch-size" in refused("--model", tiny["gpt2"])
 
 
 def test_text_without_a_tokenizer(tiny, refused, tmp_path):
@@ -142,13 +134,6 @@ def test_text_without_a_tokenizer(tiny, refused, tmp_path):
     (tmp_path / "mute" / "tokenizer.json").unlink()
     assert "tokenizer" in refused("--model", tmp_path / "mute")
     assert "tokenizer" in refused("--model", tmp_path / "mute", "--prompts", jsonl(tmp_path / "text.jsonl", TEXT))
-
-
-def test_one_mistake_is_one_line_however_many_models(tiny, refused, tmp_path):
-    both = ["--model", tiny["gpt2"], tiny["gemma2"]]
-    assert "missing.jsonl" in refused(*both, "--prompts", tmp_path / "missing.jsonl")
-    assert "line 1" in refused(*both, "--prompts", jsonl(tmp_path / "bad.jsonl", "{"))
-    assert "n must be" in refused(*both, "--pairs", "100000000")
 
 
 def test_two_models_with_one_name_do_not_overwrite_each_other(tiny, refused, tmp_path):
@@ -337,21 +322,20 @@ def nested(x):
     (lambda folder: pickled(odd(folder, nested))(folder), ["pytorch_model.bin"]),
     (content("tokenizer.json", "{}"), ["tokenizer.json"]),
     (content("tokenizer.json", "oops"), ["tokenizer.json"]),
-    (content("tokenizer.json", '{"model": {"type": "WordPiece", "vocab": {"a": 0}}}'), ["tokenizer.json", "WordPiece"]),
+    (content("tokenizer.json", '{"model": {"type": "WordPiece", "vocab": {"a": 0}}}'), ["cannot be read"]),
     (tokenizer({}), ["tokenizer.json"]),
     (tokenizer({"vocab": [1], "merges": []}), ["tokenizer.json"]),
     (tokenizer({"merges": [3]}), ["tokenizer.json"]),
     (tokenizer({"merges": []}, added_tokens=[{}]), ["tokenizer.json"]),
-    (tokenizer({"merges": []}, pre_tokenizer=split_by("")), ["tokenizer.json", "matches empty text"]),
-    (tokenizer({"merges": []}, pre_tokenizer=split_by("\\p{L}*")), ["tokenizer.json", "matches empty text"]),
-    (tokenizer({"merges": []}, pre_tokenizer=split_by("\\p{L}+")), ["tokenizer.json", "leaves out"]),
+    (tokenizer({"merges": []}, pre_tokenizer=split_by("")), ["tokenizer.json"]),
+    (tokenizer({"merges": []}, pre_tokenizer=split_by("\\p{L}*")), ["tokenizer.json"]),
+    (tokenizer({"merges": []}, pre_tokenizer=split_by("\\p{L}+")), ["tokenizer.json"]),
     (tokenizer({"merges": []}, pre_tokenizer=split_by("(")), ["tokenizer.json"]),
-    (tokenizer({"merges": []}, normalizer={"type": "Prepend", "prepend": 5}), ["tokenizer.json", "not supported"]),
+    (tokenizer({"merges": []}, normalizer={"type": "Prepend", "prepend": 5}), ["tokenizer.json"]),
     (tokenizer({"merges": []}, normalizer=deep(400)), ["tokenizer.json"]),
-    (tokenizer({"merges": [], "vocab": {"a": 0.5}}), ["tokenizer.json", "0.5 is no token id"]),
+    (tokenizer({"merges": [], "vocab": {"a": 0.5}}), ["tokenizer.json", "0.5"]),
     (no_tokenizer_json(tokenizer_class=5), ["a 5 needs tokenizer.json"]),
     (content("tokenizer_config.json", "oops"), ["tokenizer_config.json"]),
-    (content("tokenizer_config.json", '{"bos_token": ["a"]}'), ["tokenizer"]),
 ], ids=label)  # fmt: skip
 def test_checkpoints(change, words, broken):
     message = broken(change)

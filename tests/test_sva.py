@@ -1,7 +1,6 @@
-"""Subject-verb agreement: the structures of Table 3, splits without a common prompt, and what files need for both."""
+"""Subject-verb agreement: the structures of Table 3, in two lists without a common prompt."""
 
 import importlib.util
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ from test_tasks import SPACE_IN_FRONT, Real, Words, check_ids, space_in_front
 
 import tasks
 from support.tokenizer import load_tokenizer
-from tasks import AUXILIARIES, NOUNS, PREPOSITIONS, SVA_STRUCTURES, VERBS, Pair, largest_group, read_pairs, split, sva
+from tasks import AUXILIARIES, NOUNS, PREPOSITIONS, SVA, VERBS, sva
 
 ROOT = Path(tasks.__file__).parent
 ROLES = {
@@ -71,7 +70,8 @@ def test_word_lists():
         assert third == base + ("es" if base.endswith(("ch", "ss")) else "s")
 
 
-def test_the_lists_begin_with_the_words_of_the_toy_models():
+def test_the_lists_begin_with_the_words_of_the_toy_models(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "toy")  # train.py imports its neighbours
     spec = importlib.util.spec_from_file_location("toy_train", ROOT / "toy" / "train.py")
     if not Path(spec.origin).exists():
         pytest.skip(f"no {spec.origin}")
@@ -88,7 +88,7 @@ def test_of_the_other_words_the_toy_tokenizer_keeps_none():
     tokenizer = load_tokenizer("toy-neox")
     for words, known in ((NOUNS, 20), (VERBS, 10), (AUXILIARIES, 3), (PREPOSITIONS, 5)):
         assert [forms for forms in words if len(tasks.one_token(tokenizer, forms)) == 2] == words[:known]
-    for structure in SVA_STRUCTURES:  # the default sizes
+    for structure in SVA:  # the default sizes
         for pairs in sva(tokenizer, structure):
             check(pairs, structure, tokenizer)
 
@@ -97,7 +97,7 @@ def test_of_the_other_words_the_toy_tokenizer_keeps_none():
 # Pairs
 
 
-@pytest.mark.parametrize("structure", SVA_STRUCTURES)
+@pytest.mark.parametrize("structure", SVA)
 def test_structures(structure):
     t = Words()
     discovery, held_out = sva(t, structure)
@@ -114,13 +114,13 @@ def test_text_of_each_structure():
         "across_rc": r"The \w+ that the \w+ \w+",
         "across_pp": r"The \w+ \w+ the \w+",
     }
-    assert tuple(patterns) == SVA_STRUCTURES
+    assert patterns.keys() == SVA.keys()
     for structure, pattern in patterns.items():
         for p in sva(t, structure, 20, 5)[0]:
             assert re.fullmatch("<bos>" + pattern, t.decode(p.original))
 
 
-@pytest.mark.parametrize("structure", SVA_STRUCTURES)
+@pytest.mark.parametrize("structure", SVA)
 def test_no_shortcut(structure):
     """Which number comes first, and the other noun's, is a coin toss, and one says nothing about the other."""
     t = Words()
@@ -133,7 +133,7 @@ def test_no_shortcut(structure):
     assert all(abs(count - 300 / len(counts)) < 0.3 * 300 / len(counts) for count in counts.values())
 
 
-@pytest.mark.parametrize("structure", SVA_STRUCTURES[1:])
+@pytest.mark.parametrize("structure", [*SVA][1:])
 def test_prompts_are_not_used_twice_where_there_are_enough(structure):
     discovery, held_out = sva(Words(), structure)
     assert len(prompts(discovery)) == 600 and len(prompts(held_out)) == 200
@@ -149,9 +149,10 @@ def test_the_simple_structure_uses_each_prompt_about_equally_often():
 
 def test_seeded():
     t = Words()
-    for structure in SVA_STRUCTURES:
+    for structure in SVA:
         first, again, other = (sva(t, structure, 20, 10, seed) for seed in (1, 1, 2))
         assert first == again and first[0] != other[0] and first[1] != other[1]
+        assert sva(t, structure) == sva(t, structure, 300, 100, 0, True)
 
 
 def test_without_bos():
@@ -166,7 +167,7 @@ def test_without_bos():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt-neox-20b"])
-@pytest.mark.parametrize("structure", SVA_STRUCTURES)
+@pytest.mark.parametrize("structure", SVA)
 def test_real_tokenizers(name, structure):
     real = Real(name)
     for pairs in sva(real, structure):
@@ -181,7 +182,7 @@ def test_real_tokenizers(name, structure):
 @pytest.mark.parametrize("kind", SPACE_IN_FRONT)
 def test_tokenizers_that_put_a_space_in_front(kind):
     reference, ours = space_in_front(kind)
-    for structure in SVA_STRUCTURES:
+    for structure in SVA:
         for pairs in sva(ours, structure, 20, 10):
             check(pairs, structure, ours)
             check_ids(pairs, reference, ours)
@@ -220,13 +221,12 @@ def test_all_pairs_that_the_words_allow_and_no_more(structure, nouns, verbs, eac
     check(discovery + held_out, structure, t)
     assert len(set(discovery)) == most and not prompts(discovery) & prompts(held_out)
     assert len(sva(t, structure, most, each)[1]) == each  # both sides full
-    with pytest.raises(ValueError, match=f"'{structure}'.*{most + 1} pairs and 1 held.*enough for {most} and 1 ") as e:
-        sva(t, structure, most + 1, 1)
-    assert "\n" not in str(e.value) and f"{nouns} words for N1" in str(e.value)
-    with pytest.raises(ValueError) as e:
-        sva(t, structure, most, each + 1)
-    enough = [int(size) for size in re.search(r"enough for (\d+) and (\d+)", str(e.value)).groups()]
-    assert [len(side) for side in sva(t, structure, *enough)] == enough  # what the error promises
+    for n, held_out in (most + 1, 1), (most, each + 1), (1, most + 1), (each + 1, most - each + 1):
+        with pytest.raises(ValueError, match=rf"^{structure}: {n} \+ {held_out} pairs are too many .* {scenes} scenes"):
+            sva(t, structure, n, held_out)
+    for k in range(1, scenes):  # the first list needs k scenes, also where its share of all pairs is that of fewer
+        n, held_out = k * each - each + 1, (scenes - k) * each
+        assert [len(set(pairs)) for pairs in sva(t, structure, n, held_out)] == [n, held_out]
 
 
 @pytest.mark.parametrize(
@@ -241,106 +241,17 @@ def test_all_pairs_that_the_words_allow_and_no_more(structure, nouns, verbs, eac
     ],
 )
 def test_too_few_words(structure, nouns, verbs, prepositions):
-    with pytest.raises(ValueError, match="too many; there are enough for . and 0") as e:
+    with pytest.raises(ValueError, match=rf"^{structure}: 3 \+ 1 pairs are too many for this tokenizer's . scenes"):
         sva(closed(nouns, verbs, prepositions), structure, 3, 1)
-    assert "\n" not in str(e.value) and f"{nouns} words for N1" in str(e.value)
 
 
-@pytest.mark.parametrize("n, n_held_out, name", [(0, 5, "n"), (-1, 5, "n"), (5, 0, "n_held_out")])
-def test_sizes_below_one(n, n_held_out, name):
-    for call in (lambda: sva(Words(), "simple", n, n_held_out), lambda: split([], n, n_held_out)):
-        with pytest.raises(ValueError, match=f"^{name} must be at least 1; got {min(n, n_held_out)}"):
-            call()
+@pytest.mark.parametrize("sizes", [(0, 5), (-1, 5), (5, -1)])
+def test_sizes(sizes):
+    with pytest.raises(ValueError, match=f"n must be at least 1, n_held_out at least 0; got {sizes[0]} and {sizes[1]}"):
+        sva(Words(), "simple", *sizes)
+    assert sva(Words(), "simple", 5, 0)[1] == []
 
 
 def test_unknown_structure():
     with pytest.raises(ValueError, match="'abc'.*simple, within_rc, across_rc, across_pp"):
         sva(Words(), "abc")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Splitting any pairs, such as a file's
-
-
-def pair(original, patch, answers=(8, 9)):
-    return Pair((original,), (patch,), answers, ("x",), "length 1")
-
-
-def test_split_keeps_pairs_with_a_common_prompt_together():
-    chain = [pair(1, 2), pair(3, 4), pair(4, 2), pair(2, 1)]  # 1-2-4-3
-    single = [pair(5, 6), pair(7, 8)]
-    for seed in range(20):
-        a, b = split(chain + single + single, 4, 2, seed)  # what is given twice counts once
-        assert sorted(map(len, (a, b))) == [2, 4] and not prompts(a) & prompts(b)
-        assert set(a) == set(chain) or set(b) <= set(chain)
-
-
-def test_split_in_proportion_each_family_in_turn():
-    pairs = [pair(2 * i, 2 * i + 1, (100, 101 + k)) for i in range(40) for k in range(5)]
-    for sizes in ((30, 10), (10, 30), (150, 50), (1, 1)):
-        sides = split(pairs, *sizes)
-        assert [len(set(side)) for side in sides] == list(sizes) and not prompts(sides[0]) & prompts(sides[1])
-        for side in sides:
-            families = Counter(p.original for p in side).values()
-            assert max(families) - min(families) <= 1
-    assert [len(prompts(side)) for side in split(pairs, 150, 50)] == [60, 20]
-    assert split(pairs, 30, 10, 1) == split(pairs, 30, 10, 1) != split(pairs, 30, 10, 2)
-
-
-def test_split_of_too_few():
-    with pytest.raises(ValueError, match="5 pairs and 1 held out are too many; there are enough for 1 and 1 "):
-        split([pair(1, 2), pair(3, 4)], 5, 1)
-    with pytest.raises(ValueError, match="enough for 0 and 0 "):
-        split([], 5, 1)
-
-
-def test_largest_group():
-    def of(length, i):
-        return Pair((i,) * length, (i + 1,) * length, (8, 9), ("x",) * length, f"length {length}")
-
-    pairs = [of(3, 0), of(2, 1), of(3, 2), of(2, 3), of(2, 4)]
-    assert largest_group(pairs) == largest_group(pairs, 3) == [pairs[1], pairs[3], pairs[4]]
-    with pytest.raises(ValueError, match=r"4 pairs of one length are needed; of 5 pairs, .*\(length 2\) has 3"):
-        largest_group(pairs, 4)
-    with pytest.raises(ValueError, match="of 0 pairs"):
-        largest_group([])
-
-
-def write(path, *lines):
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-    return path
-
-
-LINE = dict(clean_prefix="The cat", patch_prefix="The cats", clean_answer=" is", patch_answer=" are")
-
-
-@pytest.mark.parametrize(
-    "change", [dict(patch_prefix="The big cats"), dict(clean_answer=" is not"), dict(patch_answer=" are not")]
-)
-def test_unaligned_lines_are_skipped_if_asked(tmp_path, change):
-    path = write(tmp_path / "pairs.jsonl", LINE, {**LINE, **change}, LINE)
-    with pytest.raises(ValueError, match="line 2: "):
-        read_pairs(path, Words())
-    assert len(read_pairs(path, Words(), skip_unaligned=True)) == 2
-    with pytest.raises(ValueError, match="no pairs; this tokenizer aligns none of its 2 lines"):
-        read_pairs(write(path, {**LINE, **change}, {**LINE, **change}), Words(), skip_unaligned=True)
-
-
-@pytest.mark.parametrize(
-    "change", [dict(patch_prefix="The cat"), dict(clean_answer=" are"), dict(clean_prefix=""), dict(patch_answer=None)]
-)
-def test_other_mistakes_are_never_skipped(tmp_path, change):
-    with pytest.raises(ValueError, match="line 2: "):
-        read_pairs(write(tmp_path / "pairs.jsonl", LINE, {**LINE, **change}), Words(), skip_unaligned=True)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "gpt-neox-20b"])
-def test_feature_circuits_files(name):
-    real, folder = Real(name), ROOT.parent / "shared" / "prompts"
-    if not folder.is_dir():
-        pytest.skip(f"the feature-circuits data is not at {folder}")
-    pairs = read_pairs(folder / "sva_nounpp_test.jsonl", real, skip_unaligned=True)
-    assert 300 < len(pairs) < 480  # some lines are not aligned
-    discovery, held_out = split(largest_group(pairs, 300), 225, 75)
-    assert len({len(p.original) for p in discovery + held_out}) == 1
-    assert not prompts(discovery) & prompts(held_out)

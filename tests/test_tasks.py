@@ -1,8 +1,9 @@
-"""Prompt pairs: aligned, labelled, reproducible; and whatever is not a pair is refused in one clear line."""
+"""IOI pairs and pairs of one's own: aligned, labelled, reproducible; what is no pair is refused in one line."""
 
 import json
 import re
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tasks
-from support.tokenizer import Tokenizer
-from tasks import AUXILIARIES, NAMES, NOUNS, OBJECTS, PLACES, PREPOSITIONS, VERBS, Pair, by_group, ioi, read_pairs
+from support.prompts import by_group
+from support.tokenizer import load_tokenizer
+from tasks import AUXILIARIES, NAMES, NOUNS, OBJECTS, PLACES, PREPOSITIONS, VERBS, Pair, Unaligned, ioi, pair
 
 SHARED = Path(__file__).parents[2] / "shared"
 ROLES = {
@@ -97,7 +99,9 @@ def space_in_front(kind):
         spec["model"] |= {"byte_fallback": True, "vocab": vocab | {f"<0x{b:02X}>": len(vocab) + b for b in range(256)}}
     reference = tokenizers.Tokenizer.from_str(json.dumps(spec))
     reference.add_special_tokens(["<s>"])
-    return reference, Tokenizer(json.loads(reference.to_str()), {})
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save(f"{folder}/tokenizer.json")
+        return reference, load_tokenizer(folder)
 
 
 def check_ids(pairs, reference, ours):
@@ -118,7 +122,7 @@ def real(request):
 
 def filled(template, words):
     """A template's text with words in its slots."""
-    return re.sub(r"\[(\w+)\]", lambda m: words[m[1]], template)
+    return re.sub(r"\[(\w+)=?(.*?)\]", lambda m: m[2] or words[m[1]], template)
 
 
 def slots(pair, prompt, tokenizer):
@@ -150,7 +154,8 @@ def test_templates_are_table_2():
         "When, [B] and [A] went to the [PLACE]. [B] gave a [OBJECT] to",
         "After [B] and [A] went to the [PLACE], [B] gave a [OBJECT] to",
     ]
-    assert [t.replace("B1", "B").replace("S2", "B") for t in tasks.TEMPLATES] == table_2
+    slots = {"B1": "[B]", "A": "[A]", "S2": "[B]", "PLACE": "[PLACE]", "OBJECT": "[OBJECT]"}
+    assert [filled(t, slots) for t in tasks.TEMPLATES] == table_2
 
 
 def test_swap_is_the_default_and_exchanges_the_names_everywhere():
@@ -231,6 +236,7 @@ def test_deterministic_distinct_and_spread():
     assert {g: len(v) for g, v in by_group(pairs).items()} == {"template 1": 34, "template 2": 33, "template 3": 33}
     assert by_group(pairs)["template 2"][:3] == [1, 4, 7]
     assert pairs[:10] == ioi(t, 10, seed=1)  # more pairs continue the same sample
+    assert ioi(t) == ioi(t, 100, 0, "swap", True)
 
 
 def closed(names, places, objects):
@@ -245,8 +251,16 @@ def test_all_pairs_that_the_words_allow_and_no_more():
     pairs = ioi(t, most)
     assert len({(p.original, p.patch) for p in pairs}) == most
     assert {len(v) for v in by_group(pairs).values()} == {most // 3}
-    with pytest.raises(ValueError, match=rf"1 to {most}\b.*got {most + 1}"):
-        ioi(t, most + 1)
+    for n in most + 1, 0, -1:
+        with pytest.raises(ValueError, match=rf"n must be from 1 to {most}, .*got {n}$"):
+            ioi(t, n)
+
+
+@pytest.mark.parametrize("names, places, objects", [(1, 5, 5), (5, 0, 5), (5, 5, 0)])
+def test_too_few_words(names, places, objects):
+    t = closed(NAMES[:names], PLACES[:places], OBJECTS[:objects])  # the other words are all one "unknown" token
+    with pytest.raises(ValueError, match="from 1 to 0, as many as this tokenizer's one-token words make"):
+        ioi(t, 3)
 
 
 def test_words_that_are_not_one_token_are_left_out():
@@ -257,30 +271,14 @@ def test_words_that_are_not_one_token_are_left_out():
     assert {u["PLACE"] for u in used} == {PLACES[0]} and {u["OBJECT"] for u in used} == {OBJECTS[0]}
 
 
-@pytest.mark.parametrize("names, places, objects", [(1, 5, 5), (0, 5, 5), (5, 0, 5), (5, 5, 0)])
-def test_too_few_words(names, places, objects):
-    t = closed(NAMES[:names], PLACES[:places], OBJECTS[:objects])  # the other words are all one "unknown" token
-    with pytest.raises(ValueError) as e:
-        ioi(t, 3)
-    assert "two names" in str(e.value) and "\n" not in str(e.value)
-    for few, words in ((names, NAMES), (places, PLACES), (objects, OBJECTS)):
-        assert f"{few} of {len(words)}" in str(e.value)
-
-
-@pytest.mark.parametrize("n", [0, -1])
-def test_n_below_one(n):
-    with pytest.raises(ValueError, match=rf"n must be from 1.*got {n}"):
-        ioi(Words(), n)
-
-
 def test_unknown_corruption():
     with pytest.raises(ValueError, match="'abc'.*swap, s2"):
         ioi(Words(), 3, corruption="abc")
 
 
 def test_a_template_word_of_several_tokens_repeats_its_role():
-    p = ioi(Words(split={"Then": ["Th", "en"], " to": [" t", "o"]}), 1)[0]
-    assert list(p.roles) == "BOS FIRST FIRST , B1 and A went to to the PLACE PUNCT S2 gave a OBJECT to END".split()
+    p = ioi(Words(split={"Then": ["Th", "en"], " went": [" we", "nt"]}), 1)[0]
+    assert list(p.roles) == "BOS FIRST FIRST , B1 and A went went to the PLACE PUNCT S2 gave a OBJECT END".split()
     assert len(p.roles) == len(p.original) == len(p.patch)
 
 
@@ -294,207 +292,47 @@ def test_a_tokenizer_that_merges_words_is_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
+# A pair of one's own
 
-LINE = dict(original="The cat", patch="The cats", original_answer=" is", patch_answer=" are")
-IDS = dict(original=[5, 6], patch=[5, 7], original_answer=8, patch_answer=[9])
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*lines):
-        path = tmp_path / "pairs.jsonl"
-        path.write_bytes(b"\n".join(x if type(x) is bytes else json.dumps(x).encode() for x in lines))
-        return path
-
-    return write
+TEXTS = ("The cat", "The cats", " is", " are")
 
 
-def refused(path, *args, **kwargs):
-    """The one-line error of read_pairs, which must name the file."""
-    with pytest.raises(ValueError) as e:
-        read_pairs(path, *args, **kwargs)
-    message = str(e.value)
-    assert "\n" not in message and str(path) in message
-    return message
-
-
-def test_strings(write):
+def test_a_pair_of_texts():
     t = Words()
-    (p,) = read_pairs(write(LINE), t)
-    the, cat, cats, yes, no = (t.encode(w)[0] for w in ("The", " cat", " cats", " is", " are"))
-    assert p == Pair((0, the, cat), (0, the, cats), (yes, no), ("BOS", "The", " cat"), "length 3")
-    (p,) = read_pairs(write(LINE), t, bos=False)
-    assert p == Pair((the, cat), (the, cats), (yes, no), ("The", " cat"), "length 2")
+    p = pair(t, *TEXTS)
+    the, cat, cats, one, many = (t.encode(w)[0] for w in ("The", " cat", " cats", " is", " are"))
+    assert p == Pair((0, the, cat), (0, the, cats), (one, many), ("BOS", "The", " cat"), "length 3")
+    assert pair(t, *TEXTS, bos=False) == Pair((the, cat), (the, cats), (one, many), ("The", " cat"), "length 2")
+    assert [x.tolist() for x in p] == [[[0, the, cat]], [[0, the, cats]], [[one, many]]]
 
 
-def test_feature_circuits_names_and_extra_fields(write):
-    theirs = dict(
-        clean_prefix="The cat", patch_prefix="The cats", clean_answer=" is", patch_answer=" are", case="singular"
-    )
-    t = Words()
-    assert read_pairs(write(theirs), t) == read_pairs(write({**LINE, "note": None}), t)
-
-
-def test_ids_are_used_as_given(write):
-    want = Pair((5, 6), (5, 7), (8, 9), ("5", "6"), "length 2")
-    assert read_pairs(write(IDS)) == [want]
-    t = Words([" a", " b", " c", " d", " e"])  # ids 0..6; the model's vocabulary may be larger
-    (p,) = read_pairs(write(IDS), t, n_vocab=10)
-    assert p == Pair((5, 6), (5, 7), (8, 9), (" d", " e"), "length 2")
-    (p,) = read_pairs(write({**IDS, "original": [5, 8]}), t, n_vocab=10)
-    assert p.roles == (" d", "8")
-    (p,) = read_pairs(write({**IDS, "original_answer": " a"}), t)
-    assert p.answers == (2, 9)
-
-
-def test_groups_blank_lines_and_byte_order_mark(write):
-    long = {**IDS, "original": [1, 2, 3], "patch": [1, 2, 4]}
-    bom = b"\xef\xbb\xbf" + json.dumps(IDS).encode()
-    pairs = read_pairs(write(bom, b"", long, b"  \t\r", IDS))
-    assert by_group(pairs) == {"length 2": [0, 2], "length 3": [1]}
-
-
-def test_text_that_holds_a_line_separator(write):
-    line = json.dumps({**LINE, "note": "a\u2028b\x85c"}, ensure_ascii=False).encode()
-    assert len(read_pairs(write(line, LINE), Words())) == 2
+def test_a_pair_of_ids_is_used_as_given():
+    ids = [5, 6], [5, 7], [8], [9]
+    assert pair(None, *ids) == Pair((5, 6), (5, 7), (8, 9), ("5", "6"), "length 2")
+    few = Words([" a", " b", " c", " d", " e"])  # ids 0 to 6; the model's vocabulary may be larger
+    assert pair(few, [5, 8], [5, 7], [8], [9]).roles == (" d", "8")
 
 
 @pytest.mark.parametrize("kind", SPACE_IN_FRONT)
 @pytest.mark.parametrize("answers", [(" is", " are"), (".", ",")])
-def test_strings_where_a_space_is_put_in_front(kind, answers, write):
+def test_a_pair_where_a_space_is_put_in_front(kind, answers):
     reference, ours = space_in_front(kind)
-    (p,) = read_pairs(write({**LINE, "original_answer": answers[0], "patch_answer": answers[1]}), ours)
+    p = pair(ours, "The cat", "The cats", *answers)
     check_ids([p], reference, ours)
-    assert p == tasks.pair(ours, "The cat", "The cats", *answers) and p.roles == ("BOS", " The", " cat")
-    assert tuple(ours.decode([a]) for a in p.answers) == answers
+    assert p.roles == ("BOS", " The", " cat") and tuple(ours.decode([a]) for a in p.answers) == answers
 
 
-@pytest.mark.parametrize(
-    "change, parts",
-    [
-        (
-            dict(patch="The big cats"),
-            ["equally many tokens", "2 tokens ['The', ' cat']", "3 tokens ['The', ' big', ' cats']"],
-        ),
-        (dict(patch="The cat"), ["must differ", "2 tokens ['The', ' cat']"]),
-        (dict(original_answer=" is not"), ["original_answer must be one token", "2 tokens [' is', ' not']"]),
-        (dict(patch_answer=" are not"), ["patch_answer must be one token", "2 tokens [' are', ' not']"]),
-        (dict(original_answer=" are"), ["must differ", "1 token [' are']"]),
-        (dict(original=""), ["original is empty"]),
-        (dict(original="", patch=""), ["original is empty"]),
-        (dict(patch=[5, 7]), ["both strings or both lists", "'The cat'", "[5, 7]"]),
-        (dict(original=None, patch=None), ["original must be a string or token ids", "None"]),
-        (dict(patch_answer=True), ["patch_answer must be a string or token ids", "True"]),
-        (dict(patch_answer=""), ["patch_answer is empty"]),
-    ],
-)
-def test_string_pairs_refused(write, change, parts):
-    message = refused(write(LINE, b"", {**LINE, **change}), Words())
-    for part in ["line 3:", *parts]:
-        assert part in message
-
-
-@pytest.mark.parametrize(
-    "change, parts",
-    [
-        (dict(patch=[5, 7, 7]), ["2 tokens ['5', '6']", "3 tokens ['5', '7', '7']"]),
-        (dict(patch=[5, 6]), ["must differ"]),
-        (dict(original=[]), ["original is empty"]),
-        (dict(patch_answer=8), ["patch_answer must differ"]),
-        (dict(patch_answer=[8, 9]), ["patch_answer must be one token", "2 tokens"]),
-        (dict(original=[5, True]), ["original", "integer, from 0 to 9", "True"]),
-        (dict(original=[5, 6.0]), ["integer", "6.0"]),
-        (dict(original=[5, "a"]), ["integer", "'a'"]),
-        (dict(patch=[5, 10]), ["patch", "from 0 to 9", "got 10"]),
-        (dict(patch=[5, -1]), ["patch", "from 0 to 9", "got -1"]),
-        (dict(original_answer=10), ["original_answer", "from 0 to 9", "got 10"]),
-        (dict(original=5), ["original must be a string or token ids; got 5"]),
-        (dict(original_answer=" is"), ["original_answer", "' is'", "needs a tokenizer"]),
-    ],
-)
-def test_id_pairs_refused(write, change, parts):
-    message = refused(write(IDS, {**IDS, **change}), n_vocab=10)
-    for part in ["line 2:", *parts]:
-        assert part in message
-
-
-def test_the_range_of_ids(write):
-    assert read_pairs(write({**IDS, "patch": [0, 9]}), n_vocab=10)[0].patch == (0, 9)
-    assert read_pairs(write({**IDS, "patch": [5, 10**6]}))[0].patch == (5, 10**6)  # nothing to check against
-    assert "0 or more" in refused(write({**IDS, "patch": [5, -1]}))
-    assert "from 0 to 3" in refused(write(LINE), Words(), n_vocab=4)  # a tokenizer of another model
-
-
-def test_strings_need_a_tokenizer_and_bos_a_bos(write):
-    assert "needs a tokenizer" in refused(write(LINE))
-    t = Words()
-    t.bos_id = None
-    assert "--no-bos" in refused(write(LINE), t)
-    assert read_pairs(write(LINE), t, bos=False) and read_pairs(write(IDS), t)
-
-
-@pytest.mark.parametrize(
-    "field, theirs",
-    [
-        ("original", "clean_prefix"),
-        ("patch", "patch_prefix"),
-        ("original_answer", "clean_answer"),
-        ("patch_answer", ""),
-    ],
-)
-def test_missing_fields(write, field, theirs):
-    message = refused(write(LINE, {k: v for k, v in LINE.items() if k != field}), Words())
-    assert f"line 2: no field '{field}'" in message and theirs in message
-
-
-@pytest.mark.parametrize(
-    "line, part",
-    [
-        (b'{"original": ', "not JSON"),
-        (b"The cat", "not JSON"),
-        (b"[1, 2]", "must be a JSON object; got [1, 2]"),
-        (b"3", "must be a JSON object; got 3"),
-        (b'{"original": "\xff"}', "not UTF-8"),
-    ],
-)
-def test_lines_that_are_no_objects(write, line, part):
-    message = refused(write(IDS, line))
-    assert "line 2: " + part in message
-
-
-def test_files_without_pairs(write, tmp_path):
-    assert "no pairs" in refused(write(b"")) and "patch_answer" in refused(write(b"\n \n"))
-    assert "cannot be read" in refused(tmp_path)
-    assert "cannot be read" in refused(tmp_path / "none.jsonl")
-    assert read_pairs(str(write(IDS)))  # a path may be a string
-
-
-@pytest.mark.parametrize("name", ["sva_simple_test", "sva_nounpp_test"])
-def test_subject_verb_agreement_files(real, name, tmp_path):
-    source = SHARED / "prompts" / f"{name}.jsonl"
-    if not source.exists():
-        pytest.skip(f"the feature-circuits data is not at {source}")
-    lines = source.read_text(encoding="utf-8").splitlines()
-
-    def length(text):
-        return len(real.encode(text))
-
-    good, bad = [], []
-    for line in lines:
-        d = json.loads(line)
-        one = length(d["clean_answer"]) == length(d["patch_answer"]) == 1
-        (good if one and length(d["clean_prefix"]) == length(d["patch_prefix"]) else bad).append(line)
-    path = tmp_path / "aligned.jsonl"
-    path.write_text("\n".join(good), encoding="utf-8")
-    pairs = read_pairs(path, real)
-    assert len(pairs) == len(good) > 50
-    for line, p in zip(good, pairs):
-        d = json.loads(line)
-        assert "".join(p.roles[1:]) == d["clean_prefix"] == real.decode(p.original[1:])
-        assert real.decode(p.patch[1:]) == d["patch_prefix"] and p.group == f"length {len(p.original)}"
-        assert [real.decode([a]) for a in p.answers] == [d["clean_answer"], d["patch_answer"]]
-    if bad:
-        assert f"line {lines.index(bad[0]) + 1}: " in refused(source, real)
-    else:
-        assert read_pairs(source, real) == pairs
+@pytest.mark.parametrize("texts, error, says", [
+    (("The cat", "The big cats", " is", " are"), Unaligned,
+     "equally many tokens; original is 2 tokens ['The', ' cat'], patch is 3 tokens ['The', ' big', ' cats']"),
+    (("The cat", "The cats", " is not", " are"), Unaligned, "original_answer must be one token"),
+    (("The cat", "The cats", " is", " are not"), Unaligned, "it is 2 tokens [' are', ' not']"),
+    (("The cat", "The cats", " is", ""), Unaligned, "patch_answer must be one token"),
+    (("The cat", "The cat", " is", " are"), ValueError, "patch must differ; both are 2 tokens ['The', ' cat']"),
+    (("", "", " is", " are"), ValueError, "must differ; both are 0 tokens"),
+    (("The cat", "The cats", " is", " is"), ValueError, "patch_answer must differ; both are 1 token [' is']"),
+])  # fmt: skip
+def test_what_is_no_pair_is_refused_with_its_tokens(texts, error, says):
+    with pytest.raises(ValueError) as e:
+        pair(Words(), *texts)
+    assert type(e.value) is error and says in str(e.value) and "\n" not in str(e.value)

@@ -1,0 +1,192 @@
+"""Prompt pairs from files of JSON lines, split into two sets, and as the tensors of a batch."""
+
+import json
+import random
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import tasks
+from models import MissingFile, first_line, quote
+from support.tokenizer import load_tokenizer
+from tasks import Pair, Tokenizer, Unaligned
+
+# Fields of a line: our name, and the name in the feature-circuits data (their "clean" is our original).
+FIELDS = {
+    "original": "clean_prefix",
+    "patch": "patch_prefix",
+    "original_answer": "clean_answer",
+    "patch_answer": "patch_answer",
+}
+
+
+def node_pairs(
+    name: str,
+    n_vocab: int,
+    prompts: str | Path | None = None,
+    pairs: int | None = None,
+    seed: int = 0,
+    corruption: str = "swap",
+    bos: bool = True,
+) -> list[Pair]:
+    """The first `pairs` pairs of the file `prompts` (None: all), or of the IOI templates (None: 100), for a model.
+
+    name, n_vocab: the model's. It needs no tokenizer if the file has only token ids.
+    """
+    try:
+        tokenizer = load_tokenizer(name)
+    except MissingFile:
+        if not prompts:
+            raise
+        tokenizer = None
+    if prompts:
+        return read_pairs(prompts, tokenizer, bos, n_vocab)[:pairs]
+    return tasks.ioi(tokenizer, 100 if pairs is None else pairs, seed, corruption, bos)
+
+
+def read_pairs(
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    bos: bool = True,
+    n_vocab: int | None = None,
+    skip_unaligned: bool = False,
+) -> list[Pair]:
+    """Prompt pairs from a file of JSON lines, such as the subject-verb agreement data of feature-circuits.
+
+    A line is an object with the FIELDS, under either name; other fields and blank lines are skipped. A prompt is a text
+    or a list of token ids; an answer is a text, one id, or a list of one id. A text needs `tokenizer` and, with `bos`,
+    begins with its BOS. Ids are used as they are.
+    n_vocab: the size of the model's vocabulary, if ids are to be checked against it.
+    skip_unaligned: leave out what is no pair only in this tokenizer (see tasks.Unaligned), instead of refusing it.
+    A pair's group is "length N", where N counts the BOS. Its roles are the original's tokens.
+    ValueError, with file and line, for what is no pair.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()  # bytes: str.splitlines also splits at U+2028
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            pair = tasks.pair(tokenizer, *fields(line, tokenizer), bos)
+            largest = max(*pair.original, *pair.patch, *pair.answers)
+            if n_vocab is not None and largest >= n_vocab:
+                raise ValueError(f"token id {largest} is too large; the model's vocabulary ends at {n_vocab - 1}")
+            pairs.append(pair)
+        except ValueError as error:
+            if not (skip_unaligned and isinstance(error, Unaligned)):
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    if not pairs:
+        raise ValueError(f"{path}: none of its {len(lines)} lines is a prompt pair in this tokenizer")
+    return pairs
+
+
+def fields(line: bytes, tokenizer: Tokenizer | None) -> list[str | list[int]]:
+    """The values of the FIELDS in one line of a file: texts, or lists of ids."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {first_line(error)}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"must be a JSON object; got {quote(record)}")
+    values = []
+    for ours, theirs in FIELDS.items():
+        if ours not in record and theirs not in record:
+            raise ValueError(f"no field {ours!r}" + (f" (or {theirs!r})" if theirs != ours else ""))
+        value = record.get(ours, record.get(theirs))
+        if isinstance(value, str) and tokenizer is None:
+            raise ValueError(f"{ours} is the text {quote(value)}, which needs a tokenizer; without one, give token ids")
+        if type(value) is int and "answer" in ours:
+            value = [value]
+        is_ids = isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)  # a bool is no id
+        if not value or not (is_ids or isinstance(value, str)):
+            raise ValueError(f"{ours} must be a text or token ids, integers of 0 or more; got {quote(value)}")
+        values.append(value)
+    if type(values[0]) is not type(values[1]):
+        raise ValueError("original and patch must be both texts or both token ids")
+    return values
+
+
+def by_group(pairs: list[Pair]) -> dict[str, list[int]]:
+    """The numbers of the pairs by group; groups in order of appearance."""
+    groups = {}
+    for i, pair in enumerate(pairs):
+        groups.setdefault(pair.group, []).append(i)
+    return groups
+
+
+def largest_group(pairs: list[Pair], n: int = 1) -> list[Pair]:
+    """The pairs of the largest group, in order. ValueError if they are fewer than `n`."""
+    groups = by_group(pairs).values()
+    numbers = max(groups, key=len, default=[])
+    if len(numbers) < n:
+        raise ValueError(f"{n} pairs of one length are needed; the largest group of {len(pairs)} has {len(numbers)}")
+    return [pairs[i] for i in numbers]
+
+
+def split(pairs: list[Pair], n: int, n_held_out: int, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
+    """`n` pairs to find a circuit with and `n_held_out` to judge it by, without a common prompt.
+
+    Pairs that share a prompt, directly or through others, are a family and stay on one side. ValueError if too few.
+    """
+    pairs = list(dict.fromkeys(pairs))
+    random.Random(seed).shuffle(pairs)
+    leads_to = {}  # a prompt -> another one of its family, or itself
+
+    def head(prompt: tuple[int, ...]) -> tuple[int, ...]:
+        while leads_to.setdefault(prompt, prompt) != prompt:
+            prompt = leads_to[prompt]
+        return prompt
+
+    for pair in pairs:
+        leads_to[head(pair.original)] = head(pair.patch)
+    families = {}
+    for pair in pairs:
+        families.setdefault(head(pair.original), []).append(pair)
+
+    sides, lacking = ([], []), [n, n_held_out]
+    for family in sorted(families.values(), key=len, reverse=True):  # the small ones last: they fill the gaps
+        i = 0 if lacking[0] >= lacking[1] else 1
+        sides[i].append(family)
+        lacking[i] -= len(family)
+    if max(lacking) > 0:
+        found = f"{n - lacking[0]} and {n_held_out - lacking[1]} different ones that share no prompt"
+        raise ValueError(f"{n} pairs and {n_held_out} held out are too many; there are {found}")
+    # One pair of each family, then a second one of each, and so on.
+    turns = ([pair for turn in zip_longest(*side) for pair in turn if pair] for side in sides)
+    return tuple(pairs[:size] for pairs, size in zip(turns, (n, n_held_out)))
+
+
+def tensors(pairs: list[Pair], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """original [batch, pos], patch [batch, pos] and answers [batch, 2] of pairs of one length."""
+    parts = ([getattr(pair, part) for pair in pairs] for part in ("original", "patch", "answers"))
+    return tuple(torch.tensor(part, device=device) for part in parts)
+
+
+def batches(pairs: list[Pair], size: int) -> Iterator[list[int]]:
+    """Lists of at most `size` pair numbers whose prompts have one length."""
+    lengths = [len(pair.original) for pair in pairs]
+    for length in dict.fromkeys(lengths):
+        numbers = [i for i, other in enumerate(lengths) if other == length]
+        yield from (numbers[i : i + size] for i in range(0, len(numbers), size))
+
+
+def prompt_arrays(pairs: list[Pair]) -> dict[str, np.ndarray]:
+    """The pairs as they are in scores.npz. Token ids are padded with -1."""
+    longest = max(len(pair.original) for pair in pairs)
+
+    def padded(rows: list[tuple[int, ...]]) -> np.ndarray:
+        return np.array([[*row, *[-1] * (longest - len(row))] for row in rows])
+
+    return {
+        "lengths": np.array([len(pair.original) for pair in pairs]),
+        "original_tokens": padded([pair.original for pair in pairs]),
+        "patch_tokens": padded([pair.patch for pair in pairs]),
+        "answers": np.array([pair.answers for pair in pairs]),
+    }

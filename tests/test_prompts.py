@@ -1,0 +1,265 @@
+"""Pairs from files, split without a common prompt, and as tensors; what is no pair is refused with file and line."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_tasks import Real, Words
+
+import tasks
+from models import MissingFile
+from support.prompts import (
+    batches,
+    by_group,
+    largest_group,
+    node_pairs,
+    prompt_arrays,
+    read_pairs,
+    split,
+    tensors,
+)
+from support.tokenizer import load_tokenizer
+from tasks import Pair
+
+ROOT = Path(tasks.__file__).parent
+LINE = dict(original="The cat", patch="The cats", original_answer=" is", patch_answer=" are")
+THEIRS = dict(clean_prefix="The cat", patch_prefix="The cats", clean_answer=" is", patch_answer=" are")
+IDS = dict(original=[5, 6], patch=[5, 7], original_answer=8, patch_answer=[9])
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*lines):
+        path = tmp_path / "pairs.jsonl"
+        path.write_bytes(b"\n".join(x if type(x) is bytes else json.dumps(x).encode() for x in lines))
+        return path
+
+    return write
+
+
+def refused(path, *args, **kwargs):
+    """The one-line error of read_pairs, which must name the file."""
+    with pytest.raises(ValueError) as e:
+        read_pairs(path, *args, **kwargs)
+    message = str(e.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_texts(write):
+    t = Words()
+    assert read_pairs(write(LINE), t) == [tasks.pair(t, *LINE.values())]
+    assert read_pairs(str(write(LINE)), t, bos=False) == [tasks.pair(t, *LINE.values(), bos=False)]
+
+
+def test_feature_circuits_names_and_extra_fields(write):
+    t = Words()
+    want = [tasks.pair(t, *LINE.values())]
+    assert read_pairs(write({**THEIRS, "case": "singular"}), t) == want == read_pairs(write({**LINE, "note": None}), t)
+
+
+def test_ids_are_used_as_given(write):
+    want = Pair((5, 6), (5, 7), (8, 9), ("5", "6"), "length 2")
+    assert read_pairs(write(IDS)) == [want] == read_pairs(write(IDS), n_vocab=10)
+    assert read_pairs(write({**IDS, "original": [0, 1]}))[0].original == (0, 1)
+    (p,) = read_pairs(write({**IDS, "original_answer": " a"}), Words([" a", " b", " c"]))
+    assert p.answers == (2, 9) and p.original == (5, 6)
+
+
+def test_groups_blank_lines_and_byte_order_mark(write):
+    long = {**IDS, "original": [1, 2, 3], "patch": [1, 2, 4]}
+    bom = b"\xef\xbb\xbf" + json.dumps(IDS).encode()
+    pairs = read_pairs(write(bom, b"", long, b"  \t\r", IDS))
+    assert by_group(pairs) == {"length 2": [0, 2], "length 3": [1]}
+
+
+def test_text_that_holds_a_line_separator(write):
+    line = json.dumps({**LINE, "note": "a\u2028b\x85c"}, ensure_ascii=False).encode()
+    assert len(read_pairs(write(line, LINE), Words())) == 2
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(patch="The big cats"), "equally many tokens"),
+    (dict(patch="The cat"), "must differ"),
+    (dict(patch_answer=" are not"), "patch_answer must be one token"),
+    (dict(original=""), "original must be a text or token ids"),
+    (dict(patch=[5, 7]), "both texts or both token ids"),
+    (dict(patch_answer=True), "patch_answer must be a text or token ids, integers of 0 or more; got True"),
+])  # fmt: skip
+def test_texts_that_are_no_pair(write, change, says):
+    message = refused(write(LINE, b"", {**LINE, **change}), Words())
+    assert "line 3: " in message and says in message
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(patch=[5, 7, 7]), "original is 2 tokens ['5', '6'], patch is 3 tokens ['5', '7', '7']"),
+    (dict(original=[]), "original must be"),
+    (dict(patch_answer=8), "patch_answer must differ"),
+    (dict(original=[5, True]), "got [5, True]"),
+    (dict(original=[5, 6.0]), "got [5, 6.0]"),
+    (dict(patch=[5, -1]), "got [5, -1]"),
+    (dict(original=5), "got 5"),
+    (dict(patch=[5, 10]), "token id 10 is too large; the model's vocabulary ends at 9"),
+    (dict(original_answer=10), "token id 10 is too large"),
+    (dict(original_answer=" is"), "original_answer is the text ' is', which needs a tokenizer"),
+])  # fmt: skip
+def test_ids_that_are_no_pair(write, change, says):
+    message = refused(write(IDS, {**IDS, **change}), n_vocab=10)
+    assert "line 2: " in message and says in message
+
+
+def test_a_tokenizer_of_another_model_or_without_bos(write):
+    assert "ends at 3" in refused(write(LINE), Words(), n_vocab=4)
+    t = Words()
+    t.bos_id = None
+    assert "--no-bos" in refused(write(LINE), t)
+    assert read_pairs(write(LINE), t, bos=False) and read_pairs(write(IDS), t)
+
+
+@pytest.mark.parametrize("field", LINE)
+def test_missing_fields(write, field):
+    message = refused(write(LINE, {k: v for k, v in LINE.items() if k != field}), Words())
+    assert f"line 2: no field '{field}'" in message
+    assert field == "patch_answer" or "(or '" in message
+
+
+@pytest.mark.parametrize("line, says", [
+    (b'{"original": ', "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b"[1, 2]", "must be a JSON object; got [1, 2]"),
+    (b'{"original": "\xff"}', "not JSON"),
+])  # fmt: skip
+def test_lines_that_are_no_objects(write, line, says):
+    assert "line 2: " + says in refused(write(IDS, line))
+
+
+def test_files_without_pairs(write, tmp_path):
+    assert "none of its 2 lines is a prompt pair" in refused(write(b"\n \n"))
+    assert "cannot be read" in refused(tmp_path) and "cannot be read" in refused(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("change", [{"patch_prefix": "The big cats"}, {"clean_answer": " is not"}])
+def test_unaligned_lines_are_skipped_if_asked(write, change):
+    path = write(THEIRS, {**THEIRS, **change}, THEIRS)
+    assert "line 2: " in refused(path, Words())
+    assert len(read_pairs(path, Words(), skip_unaligned=True)) == 2
+    assert "none of its 1 lines" in refused(write({**THEIRS, **change}), Words(), skip_unaligned=True)
+
+
+@pytest.mark.parametrize("change", [dict(patch_prefix="The cat"), dict(clean_answer=" are"), dict(patch_answer=None)])
+def test_other_mistakes_are_never_skipped(write, change):
+    assert "line 2: " in refused(write(THEIRS, {**THEIRS, **change}), Words(), skip_unaligned=True)
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "gpt-neox-20b"])
+@pytest.mark.parametrize("name", ["sva_simple_test", "sva_nounpp_test"])
+def test_feature_circuits_files(name, tokenizer):
+    real, source = Real(tokenizer), ROOT.parent / "shared" / "prompts" / f"{name}.jsonl"
+    if not source.exists():
+        pytest.skip(f"the feature-circuits data is not at {source}")
+    records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    lengths = [[len(real.encode(record[field])) for field in THEIRS] for record in records]
+    aligned = [record for record, (n, m, *answers) in zip(records, lengths) if n == m and answers == [1, 1]]
+    pairs = read_pairs(source, real, skip_unaligned=True)
+    assert len(pairs) == len(aligned) > 50
+    for record, p in zip(aligned, pairs):
+        assert "".join(p.roles[1:]) == record["clean_prefix"] == real.decode(p.original[1:])
+        assert real.decode(p.patch[1:]) == record["patch_prefix"] and p.group == f"length {len(p.original)}"
+        assert [real.decode([a]) for a in p.answers] == [record["clean_answer"], record["patch_answer"]]
+    discovery, held_out = split(largest_group(pairs, 40), 30, 10)
+    assert len({len(p.original) for p in discovery + held_out}) == 1 and not prompts(discovery) & prompts(held_out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pairs of a command
+
+
+def test_node_pairs(write, tmp_path):
+    tokenizer = load_tokenizer("toy-gpt2")
+    assert node_pairs("toy-gpt2", 1079) == tasks.ioi(tokenizer, 100)
+    assert node_pairs("toy-gpt2", 1079, None, 5, 3, "s2", False) == tasks.ioi(tokenizer, 5, 3, "s2", False)
+    ids = write(IDS, IDS, IDS)
+    assert len(node_pairs("toy-gpt2", 1079, ids)) == 3 and len(node_pairs("toy-gpt2", 1079, ids, 2)) == 2
+    with pytest.raises(ValueError, match="line 1: token id 9 is too large"):
+        node_pairs("toy-gpt2", 9, ids)
+
+
+def test_a_model_without_a_tokenizer(write, tmp_path):
+    ids, mute = write(IDS), str(tmp_path)
+    assert node_pairs(mute, 10, ids)[0].roles == ("5", "6")
+    with pytest.raises(MissingFile, match="has no tokenizer"):
+        node_pairs(mute, 10)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        node_pairs(mute, 10, write(LINE))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two sets, groups, tensors
+
+
+def prompts(pairs):
+    return {prompt for pair in pairs for prompt in (pair.original, pair.patch)}
+
+
+def pair(original, patch, answers=(8, 9)):
+    return Pair((original,), (patch,), answers, ("x",), "length 1")
+
+
+def test_split_keeps_pairs_with_a_common_prompt_together():
+    chain = [pair(1, 2), pair(3, 4), pair(4, 2), pair(2, 1)]  # 1-2-4-3
+    single = [pair(5, 6), pair(7, 8)]
+    for seed in range(20):
+        a, b = split(chain + single + single, 4, 2, seed)  # what is given twice counts once
+        assert set(a) == set(chain) and set(b) == set(single)
+        a, b = split(chain + single, 2, 4, seed)
+        assert set(a) == set(single) and set(b) == set(chain)
+
+
+def test_split_takes_each_family_in_turn():
+    pairs = [pair(2 * i, 2 * i + 1, (100, 101 + k)) for i in range(40) for k in range(5)]
+    for sizes in ((30, 10), (10, 30), (150, 50), (1, 1)):
+        sides = split(pairs, *sizes)
+        assert [len(set(side)) for side in sides] == list(sizes) and not prompts(sides[0]) & prompts(sides[1])
+        for side in sides:
+            families = Counter(p.original for p in side).values()
+            assert max(families) - min(families) <= 1
+    assert [len(prompts(side)) for side in split(pairs, 150, 50)] == [60, 20]
+    assert split(pairs, 30, 10) == split(pairs, 30, 10, 0) != split(pairs, 30, 10, 2)
+
+
+def test_split_of_too_few():
+    with pytest.raises(ValueError, match="1 pairs and 2 held out are too many; there are 1 and 1 different ones"):
+        split([pair(1, 2), pair(3, 4)], 1, 2)
+    with pytest.raises(ValueError, match="there are 0 and 0 "):
+        split([], 5, 1)
+
+
+def of(length, i):
+    return Pair((i,) * length, (i + 1,) * length, (8, 9), ("x",) * length, f"length {length}")
+
+
+def test_groups_batches_tensors_and_arrays():
+    pairs = [of(3, 0), of(2, 1), of(3, 2), of(2, 3), of(2, 4)]
+    assert largest_group(pairs) == largest_group(pairs, 3) == [pairs[1], pairs[3], pairs[4]]
+    with pytest.raises(ValueError, match="4 pairs of one length are needed; the largest group of 5 has 3"):
+        largest_group(pairs, 4)
+    with pytest.raises(ValueError, match="^1 pairs of one length are needed; the largest group of 0 has 0"):
+        largest_group([])
+    assert list(batches(pairs, 2)) == [[0, 2], [1, 3], [4]]
+    original, patch, answers = tensors([pairs[0], pairs[2]])
+    assert original.tolist() == [[0] * 3, [2] * 3] and patch.tolist() == [[1] * 3, [3] * 3]
+    assert answers.tolist() == [[8, 9]] * 2
+    arrays = prompt_arrays(pairs[:2])
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "lengths": [3, 2],
+        "original_tokens": [[0, 0, 0], [1, 1, -1]],
+        "patch_tokens": [[1, 1, 1], [2, 2, -1]],
+        "answers": [[8, 9], [8, 9]],
+    }
+    assert all(array.dtype == np.int64 for array in arrays.values())
