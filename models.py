@@ -12,6 +12,7 @@ Shapes: b batch, t position, h head; d is d_model, or d_head after an h, as in [
 Numbers in brackets, such as [58], are the paper's references.
 """
 
+import importlib
 import itertools
 import json
 import math
@@ -89,9 +90,11 @@ class Rules:
             return backward_as(y, boosted * (y / torch.where(boosted == 0, 1, boosted)).detach())
         return y
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, c: "Config", p: "Pass") -> Tensor:
-        """AH-rule for attention heads: z_j = sum_i [A_ij]_const v_i. A depends on q and k only: they are made constant."""
-        return attend(const(q, self.ah), const(k, self.ah), v, mask, c, p)
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, attend: "Attend") -> Tensor:
+        """AH-rule for attention heads: sum_i [A_ij]_const v_i. A depends on q and k only, so q and k are made
+        constant, and A with them.
+        """
+        return attend(const(q, self.ah), const(k, self.ah), v)
 
     def gate(self, a: Tensor, b: Tensor) -> Tensor:
         """Half-rule for multiplicative gates: 0.5 a*b + [0.5 a*b]_const. Else each factor gets all of a*b's share."""
@@ -142,32 +145,25 @@ def y_gamma(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, gamma: fl
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The pieces. `c` is the model's Config (below), `p` the pass: the rules in force, and the hook that sees named nodes.
+# The pieces. `c` is the model's Config (below), `rules` are those in force, and `node` makes a named activation visible
+# from outside.
 
 LRP = bool | Rules  # False: no rule; True: the family's in Table 4
 Hook = Callable[[str, int, Tensor], Tensor]  # hook(name, layer, activation) -> activation
 
 
-@dataclass
-class Pass:
-    """What travels through a layer in one forward pass.
+class Nodes:
+    """The named nodes of one layer: x = node("q", x) shows x to the hook and goes on with what the hook returns."""
 
-    start and last serve to resume a run in the middle (see Transformer.block); usually a layer has all positions.
-    """
+    def __init__(self, hook: Hook | None, layer: int):
+        self.hook, self.layer = hook, layer
 
-    rules: Rules
-    hook: Hook | None = None
-    layer: int = 0
-    start: int = 0  # the position of the first token of x
-    last: bool = False  # only the last position is a query
-
-    def wants(self, name: str) -> bool:
+    def wanted(self, name: str) -> bool:
         """Does the hook want to see this node? If it has an attribute `nodes`, it wants those; otherwise all."""
         return self.hook is not None and (not hasattr(self.hook, "nodes") or name in self.hook.nodes)
 
-    def node(self, name: str, x: Tensor) -> Tensor:
-        """Shows x to the hook. The pass goes on with what the hook returns."""
-        return self.hook(name, self.layer, x) if self.wants(name) else x
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        return self.hook(name, self.layer, x) if self.wanted(name) else x
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -203,8 +199,8 @@ class Linear(nn.Module):
         self.weight = drawn(0.02, d_out, d_in)
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
-    def forward(self, x: Tensor, p: Pass) -> Tensor:
-        return p.rules.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, rules: Rules) -> Tensor:
+        return rules.linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.Module):
@@ -214,10 +210,10 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(c.d_model))
         self.bias = nn.Parameter(torch.zeros(c.d_model))
 
-    def forward(self, x: Tensor, p: Pass) -> Tensor:
+    def forward(self, x: Tensor, rules: Rules) -> Tensor:
         h = upcast(x)
         h = h - h.mean(-1, keepdim=True)
-        return (p.rules.norm(h, self.eps) * self.weight + self.bias).to(x.dtype)
+        return (rules.norm(h, self.eps) * self.weight + self.bias).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -226,9 +222,9 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = c.eps, c.norm_offset
         self.weight = nn.Parameter(torch.full([size or c.d_model], 1 - self.offset))
 
-    def forward(self, x: Tensor, p: Pass) -> Tensor:
+    def forward(self, x: Tensor, rules: Rules) -> Tensor:
         # Gemma stores w and scales by 1 + w: added here, since 1 + w would lose digits of w in low precision
-        return (p.rules.norm(upcast(x), self.eps) * (self.offset + upcast(self.weight))).to(x.dtype)
+        return (rules.norm(upcast(x), self.eps) * (self.offset + upcast(self.weight))).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -240,22 +236,24 @@ class Attention(nn.Module):
         self.v = Linear(c.d_model, c.n_kv_heads * c.d_head, c.qkv_bias)
         self.o = Linear(c.n_heads * c.d_head, c.d_model, c.out_bias)
 
-    def forward(self, x: Tensor, p: Pass) -> Tensor:
-        queries = x[:, -1:] if p.last else x
-        first = p.start + x.shape[1] - queries.shape[1]  # position of the first query
-        q = p.node("q", rotate(self.split_heads(self.query(queries, p)), first, self.rotary))
-        k = p.node("k", rotate(self.split_heads(self.key(x, p)), p.start, self.rotary))
-        v = p.node("v", self.split_heads(self.v(x, p)))
+    def forward(self, x: Tensor, rules: Rules, node: Nodes, start: int = 0, last: bool = False) -> Tensor:
+        """start and last serve to resume a run in the middle (see Transformer.block); usually x holds all positions.
+
+        With start > 0, k and v come back from the hook with the earlier positions in front. With last, only the last
+        position is a query.
+        """
+        queries = x[:, -1:] if last else x
+        first = start + x.shape[1] - queries.shape[1]  # position of the first query
+        q = node("q", rotate(self.split_heads(self.project("q", queries, rules)), first, self.rotary))
+        k = node("k", rotate(self.split_heads(self.project("k", x, rules)), start, self.rotary))
+        v = node("v", self.split_heads(self.project("v", x, rules)))
         mask = causal_mask(first, q.shape[1], k.shape[1], self.window, x.device)  # k has all positions by now
-        z = p.node("z", p.rules.attention(q, self.repeat_kv(k), self.repeat_kv(v), mask, self.c, p))
-        return self.o(z.flatten(-2), p)
+        z = node("z", rules.attention(q, self.repeat_kv(k), self.repeat_kv(v), Attend(self.c, mask, node)))
+        return self.o(z.flatten(-2), rules)
 
-    def query(self, x: Tensor, p: Pass) -> Tensor:
-        """[b, t, h * d_head], not yet rotated."""
-        return self.q(x, p)
-
-    def key(self, x: Tensor, p: Pass) -> Tensor:
-        return self.k(x, p)
+    def project(self, name: str, x: Tensor, rules: Rules) -> Tensor:
+        """q, k or v [b, t, h * d_head] of what attention reads, x [b, t, d_model]."""
+        return getattr(self, name)(x, rules)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[b, t, h * d_head] -> [b, t, h, d_head]"""
@@ -267,21 +265,46 @@ class Attention(nn.Module):
         return x if n == 1 else x.repeat_interleave(n, dim=2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, c: "Config", p: Pass) -> Tensor:
-    """z_j = sum_i A_ij v_i with the pattern A = softmax(scores(q, k)), [b, query, h, key]; the others are [b, t, h, d].
+@dataclass
+class Attend:
+    """The attention function of one layer in one pass: attend(q, k, v) is z, z_j = sum_i A_ij v_i.
 
-    The pattern is formed if the hook wants it, or if scores are capped; otherwise one kernel of PyTorch's does it all.
-    mask [query, 1, key] is True where a query must not see a key.
+    The pattern A = softmax(scores(q, k)) is [b, query, h, key]; q, k, v and z are [b, t, h, d]. Attention makes this
+    object and Rules.attention calls it.
     """
-    if p.wants("pattern") or c.attn_softcap is not None:
-        pattern = attention_scores(q, k, c).masked_fill(mask, -torch.inf).softmax(-1)
-        return torch.einsum("bqhk,bkhd->bqhd", p.node("pattern", pattern.to(v.dtype)), v)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, h, t, d]
-    return F.scaled_dot_product_attention(q, k, v, ~mask.squeeze(1), scale=c.attn_scale).transpose(1, 2)
 
+    c: "Config"
+    mask: Tensor  # [query, 1, key]: True where a query must not see a key
+    node: Nodes
 
-def attention_scores(q: Tensor, k: Tensor, c: "Config") -> Tensor:
-    return softcap(upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * c.attn_scale, c.attn_softcap)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.by_hand(q, k, v) if self.needs_pattern else self.fused(q, k, v)
+
+    @property
+    def needs_pattern(self) -> bool:
+        """Must the pattern be formed? If a hook wants it, or scores are capped, which the fused kernel cannot do."""
+        return self.node.wanted("pattern") or self.c.attn_softcap is not None
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """z in one kernel of PyTorch's, which is fast and never forms the pattern."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, h, t, d]
+        mask = ~self.mask.squeeze(1)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=self.c.attn_scale).transpose(1, 2)
+
+    def by_hand(self, q: Tensor, k: Tensor, v: Tensor, softmax=None, mix=None) -> Tensor:
+        """z step by step, where the pattern is needed, and for rules with a softmax or a mix of their own."""
+        pattern = self.node("pattern", (softmax or self.softmax)(self.scores(q, k)).to(v.dtype))
+        z = (mix or self.mix)(pattern, v)
+        return z if self.needs_pattern else backward_as(self.fused(q, k, v), z)  # the rules change no number
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return softcap(upcast(torch.einsum("bqhd,bkhd->bqhk", q, k)) * self.c.attn_scale, self.c.attn_softcap)
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        return scores.masked_fill(self.mask, -torch.inf).softmax(-1)
+
+    def mix(self, pattern: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bqhk,bkhd->bqhd", pattern, v)
 
 
 def causal_mask(first: int, n_queries: int, n_keys: int, window: int | None, device) -> Tensor:
@@ -320,66 +343,83 @@ class MLP(nn.Module):
         self.up = Linear(c.d_model, c.d_mlp, c.mlp_bias)
         self.down = Linear(c.d_mlp, c.d_model, c.mlp_bias)
 
-    def forward(self, x: Tensor, p: Pass) -> Tensor:
+    def forward(self, x: Tensor, rules: Rules, node: Nodes) -> Tensor:
         if self.gate is None:
-            hidden = self.activate(self.up(x, p), p)
+            hidden = self.activate(self.up(x, rules), rules)
         else:
-            hidden = p.rules.gate(self.activate(self.gate(x, p), p), self.up(x, p))
-        return self.down(p.node("mlp_hidden", hidden), p)
+            hidden = rules.gate(self.activate(self.gate(x, rules), rules), self.up(x, rules))
+        return self.down(node("mlp_hidden", hidden), rules)
 
-    def activate(self, x: Tensor, p: Pass) -> Tensor:
-        return p.rules.activation(upcast(x), self.phi).to(x.dtype)
+    def activate(self, x: Tensor, rules: Rules) -> Tensor:
+        return rules.activation(upcast(x), self.phi).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The block. Its nodes, in the order in which a hook sees them, each [batch, pos, ...]:
+# The blocks: one per data flow. Their nodes, in the order in which a hook sees them, each [batch, pos, ...]:
 #
 #     resid_pre                       the residual stream before the block                    [b, t, d_model]
 #     q, k, v                         queries and keys (rotated) and values     [b, t, n_heads or n_kv_heads, d_head]
 #     pattern                         attention weights                                       [b, query, n_heads, key]
 #     z                               the heads' outputs                                      [b, t, n_heads, d_head]
 #     attn_out                        what attention adds to the stream (after the post-norm)         [b, t, d_model]
-#     resid_mid                       the stream between attention and MLP; not in parallel blocks    [b, t, d_model]
+#     resid_mid                       the stream between attention and MLP                    [b, t, d_model]
 #     mlp_hidden                      the MLP's neurons, after activation and gate; not in mixtures    [b, t, d_mlp]
 #     mlp_out                         what the MLP adds to the stream (after the post-norm)   [b, t, d_model]
 #     resid_post                      the stream after the block                              [b, t, d_model]
+#
+# x[:, -attn_out.shape[1] :] is the stream at the positions that attention returned: all, or with `last` the last one.
 
-NODES = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_hidden", "mlp_out", "resid_post")
 
+class SequentialBlock(nn.Module):
+    """GPT-2, Qwen2, Llama, and NeoX without use_parallel_residual: attention, then MLP, each on the normed stream."""
 
-class Block(nn.Module):
-    """Attention and MLP, each on the normed stream. In parallel blocks (Pythia) both read the stream before the block.
-
-    Gemma 2 also norms what they return: attn_out and mlp_out are taken after that.
-    """
-
+    nodes = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_hidden", "mlp_out", "resid_post")
     attention = Attention
 
     def __init__(self, c: "Config", layer: int):
         super().__init__()
         norm = LayerNorm if c.layer_norm else RMSNorm
-        self.parallel = c.parallel
-        self.ln1, self.attn, self.post1 = norm(c), self.attention(c, layer), norm(c) if c.post_norm else None
-        self.ln2, self.mlp, self.post2 = norm(c), MLP(c), norm(c) if c.post_norm else None
+        self.ln1, self.attn, self.ln2, self.mlp = norm(c), self.attention(c, layer), norm(c), MLP(c)
 
-    @property
-    def nodes(self) -> tuple[str, ...]:
-        return tuple(name for name in NODES if name != "resid_mid" or not self.parallel)
-
-    def forward(self, x: Tensor, p: Pass) -> Tensor:
-        x = p.node("resid_pre", x)
-        attn_out = p.node("attn_out", normed(self.post1, self.attn(normed(self.ln1, x, p), p), p))
-        x = x[:, -attn_out.shape[1] :]  # the positions that attention has returned: all, or with p.last the last one
-        mid = x if self.parallel else p.node("resid_mid", x + attn_out)
-        mlp_out = p.node("mlp_out", normed(self.post2, self.mlp(normed(self.ln2, mid, p), p), p))
-        return p.node("resid_post", (x + attn_out if self.parallel else mid) + mlp_out)
+    def forward(self, x: Tensor, rules: Rules, node: Nodes, start: int = 0, last: bool = False) -> Tensor:
+        x = node("resid_pre", x)
+        attn_out = node("attn_out", self.attn(self.ln1(x, rules), rules, node, start, last))
+        x = node("resid_mid", x[:, -attn_out.shape[1] :] + attn_out)
+        mlp_out = node("mlp_out", self.mlp(self.ln2(x, rules), rules, node))
+        return node("resid_post", x + mlp_out)
 
 
-def normed(norm: nn.Module | None, x: Tensor, p: Pass) -> Tensor:
-    return x if norm is None else norm(x, p)
+class ParallelBlock(SequentialBlock):
+    """GPT-NeoX (Pythia): attention and MLP read the same stream; there is no resid_mid."""
+
+    nodes = tuple(n for n in SequentialBlock.nodes if n != "resid_mid")
+
+    def forward(self, x: Tensor, rules: Rules, node: Nodes, start: int = 0, last: bool = False) -> Tensor:
+        x = node("resid_pre", x)
+        attn_out = node("attn_out", self.attn(self.ln1(x, rules), rules, node, start, last))
+        x = x[:, -attn_out.shape[1] :]
+        mlp_out = node("mlp_out", self.mlp(self.ln2(x, rules), rules, node))
+        return node("resid_post", x + attn_out + mlp_out)
 
 
-BLOCKS = {}  # {family: a subclass of Block}, for families whose blocks differ
+class SandwichBlock(SequentialBlock):
+    """Gemma 2 and 3: a norm before and one after attention and MLP; attn_out and mlp_out are taken after the second."""
+
+    def __init__(self, c: "Config", layer: int):
+        super().__init__(c, layer)
+        self.ln1_post, self.ln2_post = RMSNorm(c), RMSNorm(c)
+
+    def forward(self, x: Tensor, rules: Rules, node: Nodes, start: int = 0, last: bool = False) -> Tensor:
+        x = node("resid_pre", x)
+        attn = self.attn(self.ln1(x, rules), rules, node, start, last)
+        attn_out = node("attn_out", self.ln1_post(attn, rules))
+        x = node("resid_mid", x[:, -attn_out.shape[1] :] + attn_out)
+        mlp = self.mlp(self.ln2(x, rules), rules, node)
+        mlp_out = node("mlp_out", self.ln2_post(mlp, rules))
+        return node("resid_post", x + mlp_out)
+
+
+BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock, "sandwich": SandwichBlock}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,7 +443,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(drawn(1.0, c.n_vocab, c.d_model), freeze=False)
         positions = None if c.rotary else drawn(1.0, c.n_ctx, c.d_model)
         self.embed_positions = None if c.rotary else nn.Embedding.from_pretrained(positions, freeze=False)
-        self.blocks = nn.ModuleList(BLOCKS.get(c.family, Block)(c, layer) for layer in range(c.n_layers))
+        self.blocks = nn.ModuleList(BLOCKS[c.block](c, layer) for layer in range(c.n_layers))
         self.ln_f = LayerNorm(c) if c.layer_norm else RMSNorm(c)
         self.unembed_tokens = None if c.tied else Linear(c.d_model, c.n_vocab, bias=False)
 
@@ -448,16 +488,16 @@ class Transformer(nn.Module):
                must return them with those of the positions 0 to start - 1 in front.
         last   return the last position only, [batch, 1, d_model]. Keys and values of all positions are still computed.
         """
-        return self.blocks[layer](x, Pass(self.rules(lrp), hook, layer, start, last))
+        return self.blocks[layer](x, self.rules(lrp), Nodes(hook, layer), start, last)
 
     def unembed(self, x: Tensor, lrp: LRP = False, columns: Tensor | None = None) -> Tensor:
         """Logits [..., vocab] of the stream x [..., d_model]; if `columns` are given, of these token ids only."""
-        p = Pass(self.rules(lrp))
+        rules = self.rules(lrp)
         weight = self.embed_tokens.weight if self.config.tied else self.unembed_tokens.weight
         if columns is not None:
             self.check_ids(columns)
             weight = weight[columns]
-        return softcap(upcast(p.rules.linear(self.ln_f(x, p), weight, None)), self.config.logit_softcap)
+        return softcap(upcast(rules.linear(self.ln_f(x, rules), weight, None)), self.config.logit_softcap)
 
     def rules(self, lrp: LRP) -> Rules:
         """The rules that `lrp` stands for."""
@@ -488,14 +528,13 @@ class Config:
     n_ctx: int
     eps: float
     act: str
+    block: str  # a key of BLOCKS
     tied: bool
     attn_scale: float
     windows: tuple[int | None, ...]  # per layer: how many positions attention looks back, itself included
     rotary: tuple[Rotary, ...] = ()  # per layer; without any, positions are embedded
     layer_norm: bool = False  # else RMSNorm
     norm_offset: float = 0.0
-    parallel: bool = False
-    post_norm: bool = False
     gated: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
@@ -587,7 +626,7 @@ def gpt2_config(hf: dict) -> dict:
         n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=heads, d_head=d // heads,
         d_mlp=hf.get("n_inner") or 4 * d, n_vocab=hf["vocab_size"], n_ctx=hf["n_positions"],
         eps=hf.get("layer_norm_epsilon", 1e-5), act=hf.get("activation_function", "gelu_new"),
-        layer_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True,
+        block="sequential", layer_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True,
         tied=hf.get("tie_word_embeddings", True), attn_scale=(d // heads) ** -0.5, windows=(None,) * layers,
     )  # fmt: skip
 
@@ -600,7 +639,7 @@ def llama_config(hf: dict, types: list[str] | None = None) -> dict:
     return dict(
         n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=hf.get("num_key_value_heads") or heads, d_head=d_head,
         d_mlp=hf["intermediate_size"], n_vocab=hf["vocab_size"], n_ctx=hf.get("max_position_embeddings", 2048),
-        eps=hf.get("rms_norm_eps", 1e-6), act=hf.get("hidden_act", "silu"), gated=True,
+        eps=hf.get("rms_norm_eps", 1e-6), act=hf.get("hidden_act", "silu"), block="sequential", gated=True,
         qkv_bias=bias, out_bias=bias, mlp_bias=hf.get("mlp_bias", False),
         tied=hf.get("tie_word_embeddings", False), attn_scale=d_head**-0.5,
         windows=tuple(hf.get("sliding_window") if one == "sliding_attention" else None for one in types),
@@ -613,7 +652,7 @@ def gpt_neox_config(hf: dict) -> dict:
     own = {"attention_bias": True, "hidden_act": "gelu"}
     return {
         **llama_config({**rope, **own, **hf, "num_key_value_heads": None, "head_dim": None}),
-        "parallel": hf.get("use_parallel_residual", True),
+        "block": "parallel" if hf.get("use_parallel_residual", True) else "sequential",
         "gated": False, "mlp_bias": True, "layer_norm": True, "eps": hf.get("layer_norm_eps", 1e-5),
     }  # fmt: skip
 
@@ -630,7 +669,7 @@ def gemma2_config(hf: dict) -> dict:
     hf = {"head_dim": 256, "sliding_window": 4096, **hf}
     return {
         **llama_config(hf, layer_types(hf, lambda layer: layer % 2 == 1)),
-        "post_norm": True, "norm_offset": 1.0, "mlp_bias": False, "tied": hf.get("tie_word_embeddings", True),
+        "block": "sandwich", "norm_offset": 1.0, "mlp_bias": False, "tied": hf.get("tie_word_embeddings", True),
         "act": hf.get("hidden_activation") or hf.get("hidden_act") or "gelu_pytorch_tanh",
         "attn_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5, "embed_scale": hf["hidden_size"] ** 0.5,
         "attn_softcap": hf.get("attn_logit_softcapping", 50.0),
@@ -748,9 +787,9 @@ LLAMA_NAMES = {
 # Llama's except for the norms: Llama calls the norm before the MLP "post_attention"; here this is one after attention
 GEMMA2_NAMES = {
     **LLAMA_NAMES,
-    "model.layers.{}.post_attention_layernorm": "blocks.{}.post1",
+    "model.layers.{}.post_attention_layernorm": "blocks.{}.ln1_post",
     "model.layers.{}.pre_feedforward_layernorm": "blocks.{}.ln2",
-    "model.layers.{}.post_feedforward_layernorm": "blocks.{}.post2",
+    "model.layers.{}.post_feedforward_layernorm": "blocks.{}.ln2_post",
 }
 FAMILIES = {  # model_type in config.json: (the fields of Config from the content of config.json, names)
     "gpt2": (gpt2_config, GPT2_NAMES),
@@ -1064,3 +1103,8 @@ def read_json(path: Path) -> dict:
 
 def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+# More families add themselves. A copy of this file elsewhere does without them.
+if __name__ == "models" and (Path(__file__).parent / "support" / "experts.py").is_file():
+    importlib.import_module("support.experts")  # and with it support.families

@@ -21,18 +21,18 @@ from models import (
     LLAMA_NAMES,
     MLP,
     MOST,
-    NODES,
     TABLE_4,
     Config,
     Linear,
-    Pass,
+    Nodes,
     Rules,
+    SequentialBlock,
     const,
     is_size,
     quote,
     upcast,
 )
-from support.families import NORMS_OF_QK, NormedBlock, qwen3_config
+from support.families import NORMS_OF_QK, Qwen3Block, qwen3_config
 
 
 class Mixture(NamedTuple):
@@ -59,8 +59,8 @@ class RouterRules(Rules):
 class Expert(MLP):
     """An MLP without the node mlp_hidden, also in layers without experts: so all blocks have the same nodes."""
 
-    def forward(self, x: Tensor, p: Pass) -> Tensor:
-        return super().forward(x, Pass(p.rules))
+    def forward(self, x: Tensor, rules: Rules, node: Nodes) -> Tensor:
+        return super().forward(x, rules, Nodes(None, 0))
 
 
 class Experts(nn.Module):
@@ -71,14 +71,16 @@ class Experts(nn.Module):
         expert = replace(c, d_mlp=c.mixture.d_expert)
         self.experts = nn.ModuleList(Expert(expert) for _ in range(c.mixture.n_experts))
 
-    def forward(self, x: Tensor, p: Pass) -> Tensor:
-        weights, chosen = self.choose(self.router(x, p))
-        weighted = getattr(p.rules, "route", torch.mul)
+    def forward(self, x: Tensor, rules: Rules, node: Nodes) -> Tensor:
+        if hasattr(rules, "two_runs"):
+            raise ValueError("two-point rules do not fit mixtures of experts: two runs may choose different experts")
+        weights, chosen = self.choose(self.router(x, rules))
+        weighted = getattr(rules, "route", torch.mul)
         y = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
             b, t, rank = (chosen == e).nonzero(as_tuple=True)  # where it is chosen, as the 1st, 2nd, ... one
             if len(b):
-                out = expert(x[None, b, t], p)  # [1, positions, d_model]
+                out = expert(x[None, b, t], rules, node)  # [1, positions, d_model]
                 weight = weights[None, b, t, rank, None].to(out.dtype)
                 y = y.index_put((b, t), weighted(weight, out)[0], accumulate=True)
         return y
@@ -89,8 +91,8 @@ class Experts(nn.Module):
         return weights / weights.sum(-1, keepdim=True) if self.mixture.normed else weights, chosen
 
 
-class Qwen3MoeBlock(NormedBlock):
-    nodes = tuple(name for name in NODES if name != "mlp_hidden")
+class Qwen3MoeBlock(Qwen3Block):
+    nodes = tuple(n for n in SequentialBlock.nodes if n != "mlp_hidden")
 
     def __init__(self, c: Config, layer: int):
         super().__init__(c, layer)
@@ -123,7 +125,7 @@ def qwen3_moe_config(hf: dict) -> dict:
         raise ValueError(f"config.json has {n_experts} experts in {len(layers)} layers: above {MOST_EXPERTS}")
     hf = {"head_dim": None, **hf, "layer_types": ["sliding_attention"] * n_layers}
     mixture = Mixture(n_experts, n_chosen, d_expert, normed, layers) if layers else None
-    return {**qwen3_config(hf), "mixture": mixture}
+    return {**qwen3_config(hf), "block": "qwen3_moe", "mixture": mixture}
 
 
 # As in models.py: sizes that no model comes near

@@ -1,6 +1,6 @@
 """More families, made of the pieces of models.py: Qwen3, Gemma 3, Mistral, OLMo 2 and 3, Phi-3.
 
-When this file is imported, the tables of models.py know these families too. What is new in their data flow:
+If this file exists, models.py imports it, and its tables then know these families too. What is new in their data flow:
 
     Qwen3     q = rotate(norm of each head(W_q ln1(x)))    x + attn,         then x + mlp(ln2(x))
     Gemma 3   the same                                     x + post(attn),   then x + post(mlp(ln2(x)))
@@ -15,7 +15,7 @@ toy/README.md has the figures behind that.
 
 import math
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import (
     AS_IT_IS,
@@ -28,13 +28,13 @@ from models import (
     SHORT_NAMES,
     TABLE_4,
     Attention,
-    Block,
     Config,
     FixUp,
-    Pass,
     RMSNorm,
     Rotary,
     Rules,
+    SandwichBlock,
+    SequentialBlock,
     gemma2_config,
     is_size,
     layer_types,
@@ -50,8 +50,8 @@ from models import (
 class HeadNorm(RMSNorm):
     """The RMSNorm of each head of x [b, t, h * d_head] by itself; the heads share one weight [d_head]."""
 
-    def forward(self, x: Tensor, p: Pass) -> Tensor:
-        return super().forward(x.unflatten(-1, (-1, len(self.weight))), p).flatten(-2)
+    def forward(self, x: Tensor, rules: Rules) -> Tensor:
+        return super().forward(x.unflatten(-1, (-1, len(self.weight))), rules).flatten(-2)
 
 
 class NormedAttention(Attention):
@@ -64,11 +64,9 @@ class NormedAttention(Attention):
     def norm(self, c: Config, n_heads: int) -> RMSNorm:
         return HeadNorm(c, c.d_head)
 
-    def query(self, x: Tensor, p: Pass) -> Tensor:
-        return self.q_norm(super().query(x, p), p)
-
-    def key(self, x: Tensor, p: Pass) -> Tensor:
-        return self.k_norm(super().key(x, p), p)
+    def project(self, name: str, x: Tensor, rules: Rules) -> Tensor:
+        y = super().project(name, x, rules)
+        return y if name == "v" else getattr(self, f"{name}_norm")(y, rules)
 
 
 class OlmoAttention(NormedAttention):
@@ -78,21 +76,30 @@ class OlmoAttention(NormedAttention):
         return RMSNorm(c, n_heads * c.d_head)
 
 
-class NormedBlock(Block):
+class Qwen3Block(SequentialBlock):
     attention = NormedAttention
 
 
-class OlmoBlock(Block):
+class Gemma3Block(SandwichBlock):
+    attention = NormedAttention
+
+
+class OlmoBlock(SandwichBlock):
     """The stream is normed after attention and MLP, and not before."""
 
     attention = OlmoAttention
 
     def __init__(self, c: Config, layer: int):
         super().__init__(c, layer)
-        self.ln1 = self.ln2 = None
+        self.ln1 = self.ln2 = NoNorm()
 
 
-BLOCKS |= {"qwen3": NormedBlock, "gemma3_text": NormedBlock, "olmo2": OlmoBlock, "olmo3": OlmoBlock}
+class NoNorm(nn.Module):
+    def forward(self, x: Tensor, rules: Rules) -> Tensor:
+        return x
+
+
+BLOCKS |= {"qwen3": Qwen3Block, "gemma3": Gemma3Block, "olmo": OlmoBlock}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +168,7 @@ def ropes_by_type(hf: dict, local_theta: float) -> dict:
 
 def qwen3_config(hf: dict) -> dict:
     bias = hf.get("attention_bias", False)
-    return {**qwen2_config({"head_dim": 128, **hf}), "qkv_bias": bias, "out_bias": bias}
+    return {**qwen2_config({"head_dim": 128, **hf}), "block": "qwen3", "qkv_bias": bias, "out_bias": bias}
 
 
 def mistral_config(hf: dict) -> dict:
@@ -182,7 +189,7 @@ def gemma3_config(hf: dict) -> dict:
     every = hf.get("sliding_window_pattern", 6)
     types = layer_types(hf, lambda layer: (layer + 1) % every == 0)
     ropes = ropes_by_type(hf, hf["rope_local_base_freq"])
-    return {**gemma2_config({**hf, "layer_types": types, "rope_parameters": ropes})}
+    return {**gemma2_config({**hf, "layer_types": types, "rope_parameters": ropes}), "block": "gemma3"}
 
 
 # Published configurations leave out what has its default
@@ -194,7 +201,7 @@ GEMMA3_DEFAULTS = dict(
 
 
 def olmo2_config(hf: dict, types: list[str] | None = None) -> dict:
-    return {**llama_config({"rms_norm_eps": 1e-5, **hf}, types), "post_norm": True, "mlp_bias": False}
+    return {**llama_config({"rms_norm_eps": 1e-5, **hf}, types), "block": "olmo", "mlp_bias": False}
 
 
 def olmo3_config(hf: dict) -> dict:

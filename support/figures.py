@@ -1,21 +1,16 @@
-"""Figures 1, 2 and 3 of the paper, and a picture of each circuit. Every function returns a matplotlib Figure.
-
-Sizes and places are in inches. Nothing is laid out by matplotlib itself: its layout engines take most of the time.
-"""
+"""The paper's Figure 2 (heat maps of one model) and Figure 1 (correlations of several). Functions return a Figure."""
 
 import textwrap
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 import relp
-from support.circuits import MEASURES, VARIANTS, Structure, at_sizes, curve, resamples_of_prompts
+from support.doubt import DOUBT_NEEDS, doubts
+from support.methods import Method
 from support.positions import laid_over, legend, overlay
-from support.statistics import agreement
-from support.tables import cut, short
 from tasks import Pair
 
 COLORS = {
@@ -26,88 +21,61 @@ COLORS = {
     "twopoint": "#2a9d5c",
     "ig": "#e08a1e",
 }
-CELL = 0.19  # the width and the height of a cell in a heat map
-ORDER = ["resid_pre", "z", "attn_out", "resid_mid", "mlp_out", "resid_post"]  # of nodes within a layer, upward
-PER_CELL = 8  # units of one node and position; of more, the strongest are drawn
+DOUBT = "Purples"  # from white
 
 
-def plain(text: str, width: float = 100) -> str:
-    """Text in lines that fit `width`. A $ stays a $: matplotlib would read what is between two of them as a formula."""
-    return textwrap.fill(text.replace("$", r"\$"), int(13 * width))
+def heatmaps(
+    title: str, scores: dict, methods: list[Method], nodes: list[str], pairs: list[Pair], metric: str
+) -> Figure:
+    """Mean scores over layer and position: a row per method, AP first; a column per node kind. Last the row of doubt.
 
-
-def place(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
-    """New axes with their lower left corner at x, y."""
-    w, h = figure.get_size_inches()
-    return figure.add_axes((x / w, y / h, width / w, height / h))
-
-
-def headline(figure: Figure, text: str) -> None:
-    figure.suptitle(text, fontsize=10, y=1 - 0.1 / figure.get_figheight(), va="top")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Nodes
-
-
-def heatmaps(name: str, scores: dict, methods: list, nodes: list[str], pairs: list[Pair], metric: str) -> Figure:
-    """Figure 2: mean scores over layer and position; a row for each method, AP first, a column for each kind of node.
-
-    scores: {(method, node): [n, layers, positions, ...]}. methods: scoring.Methods. Heads are shown by layer and head,
-    the sum over positions; neurons by layer and position, the sum over neurons. AP sets a column's colours.
+    scores: {(method, node): [n, layers, positions, ...]}. Heads are shown by layer and head, the sum over positions;
+    neurons by layer and position, the sum over neurons.
     """
     labels, at = overlay(pairs)
-    columns = []
+    kinds, n_layers = {}, next(iter(scores.values())).shape[1]
     for node in nodes:
-        maps, ticks, what = [laid_over(scores[method.name, node], at) for method in methods], labels, "position"
+        maps = [laid_over(scores[method.name, node], at) for method in methods]
+        ticks, what = labels, "position"
         if node.startswith("head"):
             maps = [values.sum(1) for values in maps]
-            ticks, what = [str(i) for i in range(maps[0].shape[1])], "head, all positions"
+            ticks, what = range(maps[0].shape[1]), "head, all positions"
         elif node in relp.PARTS_OF:
             maps, what = [values.sum(-1) for values in maps], "position, all neurons"
-        columns.append((node, maps, ticks, what))
-    widths = [max(1.9, CELL * len(ticks)) for _, _, ticks, _ in columns]
-    height = max(0.5, CELL * len(columns[0][1][0]))
-    bottom, step, column_gap = 1.2, height + 0.28, 0.85
-    total = 0.6 + sum(widths) + column_gap * len(nodes)
+        kinds[node] = maps, ticks, what
+    widths = [1.2 + 0.22 * len(ticks) for _, ticks, _ in kinds.values()]
+    label_of = {method.name: method.label for method in methods}
+    has_doubt = set(DOUBT_NEEDS) <= label_of.keys()
+    n_rows = len(methods) + has_doubt
+    figure = Figure(figsize=(1.2 + sum(widths), 1.4 + n_rows * (0.7 + 0.16 * n_layers)), layout="constrained")
+    axes = figure.subplots(n_rows, len(kinds), squeeze=False, sharex="col", sharey=True, width_ratios=widths)
+    for column, (node, (maps, ticks, what)) in zip(axes.T, kinds.items()):
+        scale = maps[:1] if methods[0].name == "ap" else maps  # AP sets the scale: what exceeds it is wrong
+        largest = np.abs(scale).max() or 1.0
+        for ax, method, values in zip(column, methods, maps):
+            image = draw_map(ax, values, largest, f"{method.label}, {node}")
+        figure.colorbar(image, ax=column[: len(methods)], extend="both", shrink=0.8)
+        if has_doubt:
+            doubt = doubts({(method.name, node): values for method, values in zip(methods, maps)})[node]
+            one, other = (label_of[name] for name in DOUBT_NEEDS)
+            image = draw_map(column[-1], doubt, doubt.max() or 1.0, f"doubt: |{one} - {other}|, {node}", DOUBT)
+            figure.colorbar(image, ax=column[-1])
+        for ax in column:
+            ax.set_xticks(range(len(ticks)), ticks, rotation=90 if ticks is labels else 0, fontsize=7)
+        column[-1].set_xlabel(what)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("layer")
     shown = int((at >= 0).any(1).sum())
-    title = f"{name}: change of {metric} when a node is patched, mean over {shown} of {len(pairs)} prompt pairs"
-    title = plain(title, total)
-    figure = Figure(figsize=(total, bottom + step * len(methods) + 0.3 + 0.17 * title.count("\n")))
-    headline(figure, title)
-    x = 0.6
-    for (node, maps, ticks, what), width in zip(columns, widths):
-        largest = np.abs(maps[:1] if methods[0].name == "ap" else maps).max()
-        for row, (method, values) in enumerate(zip(methods, maps)):
-            y = bottom + step * (len(methods) - 1 - row)
-            ax = place(figure, x, y, width, height)
-            end = f", {node}{pcc(scores, method.name, node, pairs)}"
-            image = draw_map(ax, values, largest, cut(method.label, max(9, int(16 * width) - len(end))) + end)
-            ax.set_xticks([])
-            if node == nodes[0]:
-                ax.set_ylabel("layer", fontsize=8)
-            else:
-                ax.set_yticks([])
-        label_positions(ax, ticks)
-        ax.set_xlabel(what, fontsize=8)
-        bar = place(figure, x + width + 0.08, bottom, 0.1, step * len(methods) - 0.28)
-        figure.colorbar(image, cax=bar, extend="both").ax.tick_params(labelsize=7)
-        x += width + column_gap
-    if legend(labels) and any(ticks is labels for _, _, ticks, _ in columns):
-        figure.supxlabel(plain(legend(labels), 1.3 * total), fontsize=7, x=0.01, ha="left")
+    title += f": change of {metric} when a node is patched, mean over {shown} of {len(pairs)} prompt pairs"
+    # A figure of one kind of node is narrow. matplotlib's own wrapping would read a $ in a model's name as mathematics.
+    figure.suptitle(textwrap.fill(title, int(14 * figure.get_figwidth())), fontsize=10)
+    if legend(labels) and any(ticks is labels for _, ticks, _ in kinds.values()):
+        figure.supxlabel(legend(labels), fontsize=7, x=0.01, ha="left", wrap=True)
     return figure
 
 
-def pcc(scores: dict, method: str, node: str, pairs: list[Pair]) -> str:
-    """ ": PCC .932", the number in the table; "" without AP, and for AP itself."""
-    if method == "ap" or ("ap", node) not in scores:
-        return ""
-    both = (torch.as_tensor(scores[name, node]) for name in (method, "ap"))
-    return f": PCC {short(float(agreement(*both, [p.group for p in pairs])['averaged'])).strip()}"
-
-
 def heatmap(scores: dict, labels: list[str], title: str = "") -> Figure:
-    """A map for each node of scores {node: [batch, layer, pos]}, of prompts of one length, as relp's functions return.
+    """A map per node of scores {node: [batch, layer, pos]}, of prompts of one length, as relp's functions return them.
 
     Shown is the mean over the prompts; of heads, neurons and the like, the sum over them. All maps have one scale.
     labels: of the positions, such as the roles of a tasks.Pair.
@@ -119,166 +87,80 @@ def heatmap(scores: dict, labels: list[str], title: str = "") -> Figure:
     if wrong := [node for node, values in maps.items() if values.ndim != 2 or values.shape[1] != len(labels)]:
         shape = list(scores[wrong[0]].shape)
         raise ValueError(f"scores of {wrong[0]} must be [batch, layer, {len(labels)} labelled positions], got {shape}")
-    largest = max(np.abs(values).max() for values in maps.values())
-    width, height = max(1.2, CELL * len(labels)), CELL * max(len(values) for values in maps.values())
-    figure = Figure(figsize=(0.6 + (width + 0.2) * len(maps) + 0.8, 0.9 + height + 0.55))
-    for i, (node, values) in enumerate(maps.items()):
-        ax = place(figure, 0.6 + i * (width + 0.2), 0.9, width, height)
+    largest = max(np.abs(values).max() for values in maps.values()) or 1.0
+    n_layers = max(len(values) for values in maps.values())
+    size = 1.5 + len(maps) * (1.2 + 0.24 * len(labels)), 1.6 + 0.2 * n_layers
+    figure = Figure(figsize=size, layout="constrained")
+    for ax, (node, values) in zip(figure.subplots(1, len(maps), squeeze=False, sharey=True)[0], maps.items()):
         image = draw_map(ax, values, largest, node)
-        label_positions(ax, labels)
-        if i:
-            ax.set_yticks([])
-    figure.axes[0].set_ylabel("layer", fontsize=8)
-    bar = place(figure, 0.6 + (width + 0.2) * len(maps), 0.9, 0.1, height)
-    figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7)
-    headline(figure, plain(title, figure.get_figwidth()))
+        ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+    figure.axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=figure.axes, shrink=0.8)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
-def draw_map(ax: Axes, values: np.ndarray, largest: float, title: str) -> AxesImage:
-    """Scores [layers, positions] from -largest (blue) to largest (red)."""
-    largest = largest or 1.0
-    image = ax.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", origin="lower")
-    ax.set_title(plain(title), fontsize=8, pad=3, y=1)  # with y, matplotlib need not look for a free place
-    ax.yaxis.get_major_locator().set_params(integer=True, nbins=5)
-    ax.tick_params(labelsize=7)
+def draw_map(ax: Axes, values: np.ndarray, largest: float, title: str, cmap: str = "RdBu_r") -> AxesImage:
+    """Scores [layers, positions] from -largest (blue) to largest (red). In DOUBT's colours, doubt from 0 to largest."""
+    least = 0 if cmap == DOUBT else -largest
+    image = ax.imshow(values, cmap=cmap, vmin=least, vmax=largest, aspect="auto", origin="lower")
+    ax.set_title(title, fontsize=9)
+    ax.yaxis.get_major_locator().set_params(integer=True)
     return image
 
 
-def label_positions(ax: Axes, labels: list[str]) -> None:
-    ax.set_xticks(range(len(labels)), [plain(label) for label in labels], rotation=90, fontsize=7)
+def slopes(pcc: dict[str, dict], methods: list[Method], nodes: list[str]) -> Figure:
+    """The slope of each layer's scores against AP's: a row per node kind, a column per model, a line per method.
 
-
-def correlations(of_models: dict[str, dict], methods: list, nodes: list[str]) -> Figure:
-    """Figure 1: PCC with AP as bars with 95 % intervals, a panel for each kind of node, the methods side by side.
-
-    of_models: {model: {method: {node: ...}}}, see statistics.agreements. methods: scoring.Methods.
+    The larger a point, the larger its layer's share of the effects. Slopes beyond the axis stand at its end.
     """
-    room = 0.8 + 0.075 * max(len(cut(method.label)) for method in methods)  # for the legend
-    total = 0.7 + (0.95 + 0.45 * len(of_models)) * len(nodes) + room
-    figure = Figure(figsize=(total, 3.6))
-    places = {"left": 0.7 / total, "right": 1 - room / total, "bottom": 0.28, "top": 0.83, "wspace": 0.06}
-    axes = figure.subplots(1, len(nodes), sharey=True, squeeze=False, gridspec_kw=places)[0]
-    x, width = np.arange(len(of_models)), 0.8 / len(methods)
-    for ax, node in zip(axes, nodes):
+    size = 1.2 + 1.9 * len(pcc), 0.8 + 1.6 * len(nodes)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(nodes), len(pcc), squeeze=False, sharex="col", sharey=True)
+    for row, node in zip(axes, nodes):
+        for ax, of in zip(row, pcc.values()):
+            ax.axhline(1, color="black", linewidth=0.6)
+            for method in methods:
+                by_layer = of[method.name][node]["by_layer"]
+                x, y = range(len(by_layer["slope"])), np.clip(by_layer["slope"], -0.5, 2)
+                color = COLORS.get(method.name)
+                ax.plot(x, y, linewidth=1, color=color, label=method.label)
+                ax.scatter(x, y, 4 + 60 * np.array(by_layer["share"]), color=color)
+            ax.set_ylim(-0.6, 2.1)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        row[0].set_ylabel(f"{node}\nslope against AP", fontsize=8)
+    for ax, model in zip(axes[0], pcc):
+        ax.set_title(model, fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel("layer", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def correlations(pcc: dict[str, dict], methods: list[Method], nodes: list[str]) -> Figure:
+    """PCC with AP as bars with 95 % intervals: a panel per node kind, the methods side by side for each model.
+
+    pcc: {model: {method: {node: ...}}}, see statistics.agreements.
+    """
+    figure = Figure(figsize=(1.5 + len(nodes) * (1 + 0.5 * len(pcc)), 3.4), layout="constrained")
+    x = np.arange(len(pcc))
+    for ax, node in zip(figure.subplots(1, len(nodes), sharey=True, squeeze=False)[0], nodes):
         for i, method in enumerate(methods):
-            value, low, high = np.array([of[method.name][node]["averaged"] for of in of_models.values()]).T
+            of_models = [of[method.name][node] for of in pcc.values()]
+            heights = np.array([of["averaged"] for of in of_models])
+            ends = np.array([of["interval"]["averaged"] for of in of_models]).T
             ax.bar(
-                x + (i - (len(methods) - 1) / 2) * width,
-                value,
-                0.95 * width,
-                label=plain(cut(method.label)),
+                x + (i - (len(methods) - 1) / 2) * 0.8 / len(methods),
+                heights,
+                0.76 / len(methods),
+                label=method.label,
                 color=COLORS.get(method.name),
-                yerr=np.maximum(0, [value - low, high - value]),  # percentiles may leave the value outside
+                yerr=np.maximum(0, [heights - ends[0], ends[1] - heights]),  # percentiles may leave the value outside
                 error_kw={"linewidth": 0.8},
             )
-        ax.set_title(node, fontsize=9)
-        ax.set_xticks(x, [plain(cut(model, 20)) for model in of_models], rotation=35, ha="right", fontsize=8)
+        ax.set_title(node, fontsize=10)
+        ax.set_xticks(x, list(pcc), rotation=35, ha="right", fontsize=8)
         ax.axhline(0, color="black", linewidth=0.6)
-    axes[0].set_ylabel("PCC with activation patching", fontsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=8)
-    if {"atp", "relp"} <= {method.name for method in methods}:
-        pairs = [[of[m][node]["averaged"][0] for m in ("relp", "atp")] for of in of_models.values() for node in nodes]
-        better = sum(one > other for one, other in pairs)
-        claim = f"RelP predicts activation patching better than AtP in {better} of {len(pairs)} cases"
-        headline(figure, plain(claim, figure.get_figwidth()))
+    figure.axes[0].set_ylabel("PCC with activation patching")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Circuits
-
-
-def faithfulness(
-    title: str, structures: dict[str, Structure], labels: dict[str, str], metric: str, seed: int
-) -> Figure:
-    """Figure 3: a column for each kind of circuit; faint lines are structures, bold ones their mean with its 95 % band.
-
-    labels: {method: label}.
-    """
-    weights = {name: resamples_of_prompts(s.held_out, seed) for name, s in structures.items()}
-    figure = Figure(figsize=(12.5, 6))
-    places = {"left": 0.06, "right": 0.87, "bottom": 0.09, "top": 0.88, "wspace": 0.08, "hspace": 0.1}
-    axes = figure.subplots(len(MEASURES), len(VARIANTS), sharex="col", sharey=True, gridspec_kw=places)
-    for row, measure in zip(axes, MEASURES):
-        row[0].set_ylabel(measure)
-        for ax, variant in zip(row, VARIANTS):
-            for method in next(iter(structures.values())).runs[variant]:
-                color, curves = COLORS.get(method), []
-                sizes = {name: s.runs[variant][method].sizes for name, s in structures.items()}
-                ends = max(min(n) for n in sizes.values()), min(max(n) for n in sizes.values())
-                grid = np.geomspace(max(1, ends[0]), max(2, ends[1]), 40)
-                for name, s in structures.items():
-                    values = curve(s, variant, method, measure, weights[name])
-                    ax.plot(np.maximum(sizes[name], 0.7), values[:, 0], color=color, alpha=0.25, linewidth=0.8)
-                    curves.append(at_sizes(values, sizes[name], grid))
-                mean = torch.stack(curves).mean(0)
-                low, high = mean[:, 1:].quantile(torch.tensor([0.025, 0.975], dtype=mean.dtype), dim=1)
-                ax.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
-                ax.plot(grid, mean[:, 0], color=color, linewidth=2, label=labels[method])
-            ax.set_xscale("log")
-            ax.xaxis.set_major_formatter("{x:g}")
-            ax.axhline(1 if measure == "faithfulness" else 0, color="black", linewidth=0.5, linestyle=":")
-            ax.set_ylim(-0.25, 1.15)
-    for ax, variant in zip(axes[0], VARIANTS.values()):
-        ax.set_title(variant.label, fontsize=10)
-    for ax in axes[1]:
-        ax.set_xlabel("units in the circuit")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center right")
-    what = f"circuits of subject-verb agreement, held-out pairs, {metric}; bold: mean of the structures"
-    headline(figure, plain(f"{title}: {what}"))
-    return figure
-
-
-def circuits(title: str, structures: dict[str, Structure], labels: dict[str, str]) -> Figure:
-    """Each structure's chosen circuit: layers upward, positions across; a unit's area is its score."""
-    nodes = {key for s in structures.values() for of_method in s.features.values() for key in of_method}
-    nodes = sorted(nodes, key=lambda key: (key[1], ORDER.index(key[0])))
-    columns = min(2, len(structures))
-    rows = -(-len(structures) // columns)
-    height = 0.4 * len(nodes)
-    figure = Figure(figsize=(8 * columns, (height + 0.8) * rows + 0.4))
-    for i, (name, s) in enumerate(structures.items()):
-        y = 0.4 + (rows - 1 - i // columns) * (height + 0.8)
-        ax = place(figure, 1.1 + 8 * (i % columns), y, 6.8, height)
-        draw_units(ax, nodes, s)
-        size = f"{s.chosen['size']} units from layer {s.first_layer} on"
-        ax.set_title(plain(f"{name}: {size}, faithfulness {s.chosen['faithfulness']:.2f}"), fontsize=10)
-    method = labels[next(iter(structures.values())).main]
-    what = f"SAE features (their numbers) and errors (squares), area by {method} score"
-    meaning = "blue carries the original's answer, red speaks against it"
-    headline(figure, f"{plain(f'{title}: {what};')}\n{meaning}")
-    return figure
-
-
-def draw_units(ax: Axes, nodes: list, s: Structure) -> None:
-    scores = s.features[s.chosen["method"]]
-    cells = {}  # (node, pos) -> its units, the strongest first
-    for key, pos, i in s.chosen["units"]:
-        cells.setdefault((key, pos), []).append(i)
-    widths = [1] * len(s.roles)
-    for (_, pos), units in cells.items():
-        widths[pos] = max(widths[pos], min(len(units), PER_CELL) + (len(units) > PER_CELL))
-    edges = np.concatenate([[0], np.cumsum(widths)])
-    drawn = {"o": [], "s": []}  # features, errors: x, y, score
-    for (key, pos), units in cells.items():
-        y, x = nodes.index(key), edges[pos] + 0.5
-        for i in units[:PER_CELL]:
-            error = i == scores[key].shape[1] - 1
-            drawn["s" if error else "o"].append((x, y, float(scores[key][pos, i])))
-            ax.annotate("err" if error else str(i), (x, y), ha="center", va="center", fontsize=6)
-            x += 1
-        if len(units) > PER_CELL:
-            ax.annotate(f"+{len(units) - PER_CELL}", (x, y), ha="center", va="center", fontsize=7)
-    largest = max((abs(value) for of in drawn.values() for *_, value in of), default=1.0)
-    for marker, of in drawn.items():
-        x, y, value = np.array(of).reshape(-1, 3).T
-        colors = np.where(value > 0, "#d6604d", "#4393c3")
-        ax.scatter(x, y, s=25 + 550 * np.abs(value) / largest, marker=marker, color=colors, linewidths=0)
-    ax.set_xticks((edges[:-1] + edges[1:]) / 2, [plain(role) for role in s.roles])
-    ax.set_yticks(range(len(nodes)), [f"{layer} {node}" for node, layer in nodes], fontsize=8)
-    ax.set_xlim(0, edges[-1])
-    ax.set_ylim(-0.7, len(nodes) - 0.3)
-    ax.grid(axis="y", linewidth=0.3)
-    for x in edges[1:-1]:
-        ax.axvline(x, color="grey", linewidth=0.4)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def refused(run, tmp_path):
     def call(*arguments):
         code, out, err = run(*arguments)
         assert code == 2 and len(err) == 1 and err[0].startswith("evaluate.py: error: "), err
-        assert not list((tmp_path / "out").glob("*/s*.*"))  # no scores.npz, no summary.json
+        assert not list((tmp_path / "out").rglob("s*.*"))  # no scores.npz, no summary.json
         return err[0]
 
     return call
@@ -31,14 +32,16 @@ def refused(run, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--nodes", "resid_pre,resid_mud"], ["node", "resid_mud", "resid_mid"]),
-    (["--nodes", ""], ["--nodes", "empty"]),
+    (["--nodes", ""], ["node", "''"]),
+    (["--nodes", "mlp"], ["node", "'mlp'"]),
     (["--methods", "ap,lime"], ["method", "lime", "relp"]),
-    (["--methods", "ln+epsilon=0"], ["epsilon", "0"]),
     (["--rules", "ln,magic"], ["rule", "magic", "identity"]),
-    (["--rules", "epsilon"], ["epsilon=X"]),
+    (["--rules", "epsilon"], ["epsilon", "number"]),
     (["--rules", "epsilon=-1"], ["epsilon", "-1"]),
     (["--rules", "gamma=nan"], ["gamma", "nan"]),
     (["--rules", "epsilon=1,gamma=1"], ["epsilon", "gamma"]),
+    (["--rules", "ln=2"], ["ln=2"]),
+    (["--rules", "paper,ah"], ["paper"]),
     (["--metric", "loss"], ["metric", "loss", "prob_diff"]),
     (["--corruption", "noise"], ["corruption", "noise", "s2"]),
     (["--dtype", "int8"], ["dtype", "int8", "bfloat16"]),
@@ -46,34 +49,29 @@ def refused(run, tmp_path):
     (["--device", "cuda:99"], ["device", "cuda:99"]),
     (["--device", "meta"], ["device", "meta"]),
     (["--pairs", "0"], ["--pairs", "0"]),
-    (["--pairs", "100000000"], ["100000000"]),
+    (["--pairs", "-3"], ["--pairs", "-3"]),
+    (["--pairs", "100000000"], ["n must be", "100000000"]),
     (["--pairs", "abc"], ["--pairs", "abc"]),
     (["--seed", "1.5"], ["--seed", "1.5"]),
-    (["--seed", "-1"], ["--seed", "-1"]),
     (["--batch-size", "0"], ["--batch-size", "0"]),
     (["--batch-size", "many"], ["--batch-size", "many"]),
-    (["--batch-size", "9" * 30], ["--batch-size", "2147483647"]),
-    (["--steps", "0"], ["--steps", "0"]),
-    (["--task", "edges"], ["--task", "edges", "ioi", "sva"]),
+    (["--task", "sums"], ["task", "sums", "ioi", "sva"]),
     (["--prompts", "no-such-file.jsonl"], ["no-such-file.jsonl"]),
     (["--prompts", "."], ["directory"]),
-    (["--prompts", ""], ["--prompts", "empty"]),
     (["--frobnicate"], ["--frobnicate"]),
-    (["--pair", "3"], ["--pair"]),  # no abbreviations
-    (["--shard"], ["--shard", "torchrun"]),
-    (["--held-out", "5"], ["--held-out", "no meaning with --task ioi"]),
-    (["--structures", "simple"], ["--structures", "no meaning with --task ioi"]),
-    (["--task", "sva", "--corruption", "s2"], ["--corruption", "no meaning with --task sva"]),
-    (["--task", "sva", "--shard"], ["--shard", "no meaning with --task sva"]),
-    (["--task", "sva", "--metric", "kl"], ["kl", "no meaning with --task sva"]),
-    (["--task", "sva", "--methods", "ap,atp*"], ["atp*", "no meaning with --task sva"]),
-    (["--model", "toy-neox", "--task", "sva", "--structures", "simple,hard"], ["structure", "hard", "across_pp"]),
+    (["--prompts", ""], ["--prompts", "''"]),
+    (["--seed", str(2**64)], ["--seed", "2^64"]),
+    (["--seed", str(-(2**63) - 1)], ["--seed", "-2^63"]),
+    (["--batch-size", "9" * 30], ["--batch-size", "2147483647"]),
+    (["--device", "hpu"], ["device", "hpu"]),
+    (["--device", "privateuseone"], ["device", "privateuseone"]),
+    (["--rules", "ln,gamma=1e308"], ["gamma", "1e+308", "1e12"]),
+    (["--rules", "epsilon=1e-46"], ["epsilon", "1e-46", "1e-12"]),
+    (["--rules", "temperature=1e-320"], ["temperature", "1e-12"]),
+    (["--methods", "ln+epsilon=0"], ["ln+epsilon=0", "positive number"]),
+    (["--methods", "epsilon=1+gamma=1"], ["epsilon=1+gamma=1", "choose one"]),
     (["--task", "sva", "--thresholds", "1e-4,1,1000000000000"], ["--thresholds", "up to 1000"]),
-    (["--task", "sva", "--thresholds", "1,2"], ["--thresholds", "LOW,HIGH,COUNT"]),
-    (["--task", "sva"], ["no sparse autoencoders are known for", "--saes"]),
-    (["--task", "sva", "--saes", "x" * 5000], ["SAE"]),
-    (["--prompts", "x.jsonl", "--corruption", "s2"], ["--corruption", "no meaning with --prompts"]),
-    (["--task", "sva", "--prompts", "x.jsonl", "--structures", "simple"], ["--structures", "--prompts"]),
+    (["--task", "sva", "--saes", "x" * 5000], ["no SAEs at"]),
 ], ids=label)  # fmt: skip
 def test_arguments(arguments, words, tiny, refused):
     message = refused("--model", tiny["gpt2"], *arguments)
@@ -112,10 +110,20 @@ def test_long_names(refused):
     assert "unknown model" in refused("--model", "a\0b")
 
 
-def test_a_bug_of_ours_is_a_traceback(tiny, run, monkeypatch):
-    monkeypatch.setitem(evaluate.EXPERIMENTS, "ioi", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run("--model", tiny["gpt2"])
+def test_a_bug_is_called_one(tiny, run, monkeypatch, tmp_path):
+    """Exit code 1, a line, and the traceback in a file; the next model is still run."""
+    evaluate_nodes, times = evaluate.EXPERIMENTS["ioi"], []
+
+    def once(*args):
+        times.append(args)
+        return 1 / 0 if len(times) == 1 else evaluate_nodes(*args)
+
+    monkeypatch.setattr(evaluate, "EXPERIMENTS", {"ioi": once})
+    code, out, err = run("--model", tiny["gpt2"], tiny["gemma2"], "--pairs", 3, "--no-plot", "--methods", "atp")
+    assert code == 1 and len(err) == 1 and "this is a bug; the traceback is in" in err[0]
+    text = Path(err[0].split()[-1]).read_text()
+    assert "ZeroDivisionError" in text and "in once" in text
+    assert (tmp_path / "out" / "gemma2-ioi" / "scores.npz").exists()
 
 
 @pytest.mark.parametrize(
@@ -125,8 +133,8 @@ def test_out_of_memory(error, tiny, refused, monkeypatch):
     def experiment(*_):
         raise error
 
-    monkeypatch.setitem(evaluate.EXPERIMENTS, "ioi", experiment)
-    assert "out of memory; try a smaller --batch-size" in refused("--model", tiny["gpt2"])
+    monkeypatch.setattr(evaluate, "EXPERIMENTS", {"ioi": experiment})
+    assert "gpt2: out of memory; try a smaller --batch-size" in refused("--model", tiny["gpt2"])
 
 
 def test_text_without_a_tokenizer(tiny, refused, tmp_path):
@@ -134,6 +142,13 @@ def test_text_without_a_tokenizer(tiny, refused, tmp_path):
     (tmp_path / "mute" / "tokenizer.json").unlink()
     assert "tokenizer" in refused("--model", tmp_path / "mute")
     assert "tokenizer" in refused("--model", tmp_path / "mute", "--prompts", jsonl(tmp_path / "text.jsonl", TEXT))
+
+
+def test_one_mistake_is_one_line_however_many_models(tiny, refused, tmp_path):
+    both = ["--model", tiny["gpt2"], tiny["gemma2"]]
+    assert "missing.jsonl" in refused(*both, "--prompts", tmp_path / "missing.jsonl")
+    assert "line 1" in refused(*both, "--prompts", jsonl(tmp_path / "bad.jsonl", "{"))
+    assert "n must be" in refused(*both, "--pairs", "100000000")
 
 
 def test_two_models_with_one_name_do_not_overwrite_each_other(tiny, refused, tmp_path):

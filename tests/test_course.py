@@ -7,16 +7,19 @@ import os
 import re
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from course.build import NOTEBOOK, SOURCE, cells, executed, notebook, solved
-from course.classroom import bars, curves
+from support import lesson_figures
 
 CELLS = cells(SOURCE.read_text(encoding="utf-8"))
 WRONG = [  # to each exercise, answers that somebody might give
     ["layer_1 = 3", "layer_1 = 'two'"],
-    ["worst_2 = 2, 'END'", "worst_2 = 'A'", "worst_2 = worst_2[::-1]"],
+    ["worst_2 = 2, 'END'", "worst_2 = 'A'"],
     ["scores_3 = value.mean().item(), 0.0, 0.0", "scores_3 = 0.0, 0.0"],
     [
         "def my_norm(x, eps): return x / (eps + x.square().mean(-1, keepdim=True)).sqrt()",
@@ -82,7 +85,7 @@ def test_every_exercise_has_a_check_and_a_folded_solution():
 
 def test_the_checks_tell_right_from_wrong(lessons):
     for before, after, wrong in lessons[1]:
-        assert before.startswith("No answer yet.")
+        assert before == "No answer yet.\n"
         assert after.startswith("Right. ")
         assert wrong and all(verdict.startswith("Wrong. ") for verdict in wrong)
 
@@ -95,6 +98,28 @@ def test_the_page_on_gpt2_runs_on_a_toy(lessons):
     )
     code = code.replace("GPT2 = False", "GPT2 = True").replace('"gpt2"', '"toy-gpt2"')
     assert re.search(r"^RelP: +resid_pre +\.?[\d.]+", run(code, dict(lessons[0])), re.M)
+
+
+def test_the_first_cell_does_nothing_locally(monkeypatch, tmp_path):
+    """On Colab, it clones and installs, once."""
+    (setup,) = tagged("setup")
+    commands = []
+
+    def fake_run(command, check):
+        commands.append(command)
+        if command[0] == "git":
+            Path(command[-1]).mkdir()
+            (Path(command[-1]) / "relp.py").write_text("")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", fake_run)
+    run(CELLS[setup].source, {})
+    assert not commands and not list(tmp_path.iterdir()) and Path.cwd() == tmp_path
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    for _ in range(2):
+        run(CELLS[setup].source, {})
+    assert [command[:2] for command in commands] == [["git", "clone"], [sys.executable, "-m"]]
+    assert Path.cwd() == tmp_path / "relp"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,14 +196,24 @@ def test_the_notebook_runs_with_the_solutions(committed):
     fresh = executed(notebook(solved(CELLS)))
     for cell, now, then in zip(CELLS, fresh["cells"], committed["cells"], strict=True):
         if "check" in cell.tags:
-            assert printed(now).startswith("Right. ") and printed(then).startswith("No answer yet.")
+            assert printed(now).startswith("Right. ") and printed(then) == "No answer yet.\n"
         elif "exercise" not in cell.tags:
             assert agree(printed(now), printed(then)), "stale outputs: python course/build.py --execute"
             assert n_pictures(now) == n_pictures(then)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Its drawing functions
+
+
 def test_bars_and_curves():
-    drawn = bars({"AP": [1, -2.5], "AtP": [0.5, 3], "else": [0, 0]}, ["a", "b"], "y", "title")
-    assert len(drawn.axes[0].patches) == 6 and "-2.50" in [text.get_text() for text in drawn.axes[0].texts]
-    lines = curves([0, 1, 2], {"one": [1, 2, 3]}, "x", "y").axes[0].lines
+    drawn = lesson_figures.bars({"AP": [1, -2.5], "AtP": [0.5, 3], "else": [0, 0]}, ["a", "b"], "y", "title")
+    assert isinstance(drawn, Figure) and len(drawn.axes[0].patches) == 6
+    assert "-2.5" in [text.get_text() for text in drawn.axes[0].texts]
+    lines = lesson_figures.curves([0, 1, 2], {"one": [1, 2, 3]}, "x", "y").axes[0].lines
     assert list(lines[-1].get_ydata()) == [1, 2, 3]
+    assert len(set(lesson_figures.colors(["RelP", "AtP", "x", "y", "z"]))) == 5
+    with pytest.raises(ValueError, match="'one' has 2"):
+        lesson_figures.bars({"one": [1, 2]}, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="one number per x, 3"):
+        lesson_figures.curves([0, 1, 2], {"one": [1, 2]})

@@ -1,5 +1,7 @@
 """What a researcher writes in a notebook: pairs from strings, metrics by name, a model in memory, pictures, the top."""
 
+from dataclasses import dataclass
+
 import matplotlib
 import pytest
 import torch
@@ -9,7 +11,9 @@ from test_evaluate import run, tiny  # noqa: F401
 import models
 import relp
 import tasks
-from support import figures, resume, tables
+from support import figures, tables
+from support.circuits import Counted
+from support.progress import progress_bar
 from support.tokenizer import load_tokenizer
 
 TEXTS = (
@@ -55,6 +59,7 @@ def test_a_pair_of_strings_goes_into_relp_as_it_is(toy):
     (("Then Mary", "Then Mary", " John", " Mary"), ["must differ"]),
     (("Then Mary", "Then John", " John Mary", " Mary"), ["original_answer must be one token", "' John', ' Mary'"]),
     (("Then Mary", "Then John", " John", " John"), ["patch_answer must differ"]),
+    (("", "", " John", " Mary"), ["must differ; both are 0 tokens"]),
 ])  # fmt: skip
 def test_a_pair_that_cannot_be_is_refused_with_its_tokens(toy, texts, words):
     with pytest.raises(ValueError) as error:
@@ -63,71 +68,81 @@ def test_a_pair_that_cannot_be_is_refused_with_its_tokens(toy, texts, words):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics by name, KL, and a metric of one's own
+# Metrics by name, and KL
 
 
 def test_a_metric_by_its_name(load, pair):
-    model, (original, patch, answers) = load("gpt2"), pair
+    model = load("gpt2")
     for name, metric in relp.METRICS.items():
-        targets = model(patch)[:, -1] if name == "kl" else answers
-        for function in (relp.attribute, relp.activation_patching, resume.activation_patching):
-            by_name, by_itself = (function(model, original, patch, targets, ["mlp_out"], m) for m in (name, metric))
-            assert torch.equal(by_name["mlp_out"], by_itself["mlp_out"]) and by_name["mlp_out"].any()
+        for function in (relp.attribute, relp.activation_patching):
+            torch.testing.assert_close(*(function(model, *pair, ["mlp_out"], m)["mlp_out"] for m in (name, metric)))
+    with pytest.raises(
+        ValueError, match="metric must be a function or one of logit_diff, prob_diff, logprob_diff, kl, got"
+    ):
+        relp.attribute(model, *pair, ["mlp_out"], "accuracy")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kl_is_between_the_whole_distributions_of_the_patch_run_and_this_one(load, pair, family):
-    model, (original, patch, _) = load(family), pair
-    targets = model(patch)[:, -1]
-    p, q = targets.softmax(-1), model(original)[:, -1].softmax(-1)
-    value = relp.kl(model(original)[:, -1], targets)
+    model, (original, patch, answers) = load(family), pair
+    p, q = (model(tokens)[:, -1].softmax(-1) for tokens in (patch, original))
+    value, patch_value, _ = relp.compare(model, original, patch, answers, (), "kl")
     torch.testing.assert_close(value, (p * (p / q).log()).sum(-1))
-    assert (value > 1e-3).all() and not relp.kl(targets, targets).any()
+    torch.testing.assert_close(patch_value, torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert (value > 1e-3).all()
     # by the definition, and by resumed runs
     node, layer, pos = "mlp_out", 1, 3
     _, acts = relp.record(model, patch, [node])
-    patch_act = acts[node, layer].squeeze(2)
 
     def hook(name, at, x):
         if (name, at) == (node, layer):
             x = x.clone()
-            x[:, pos] = patch_act[:, pos]
+            x[:, pos] = acts[node, layer][:, pos]
         return x
 
     patched = model(original, hook=hook)[:, -1].softmax(-1)
     wanted = (p * (p / patched).log()).sum(-1) - value
-    for function in (relp.activation_patching, resume.activation_patching):
-        got = function(model, original, patch, targets, [node], "kl")[node][:, layer, pos]
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+    for function in (relp.activation_patching, relp.patch_one_by_one):
+        torch.testing.assert_close(
+            function(model, *pair, [node], "kl")[node][:, layer, pos], wanted, rtol=0, atol=1e-10
+        )
     # AtP: the gradient by hand; the patch run's distribution is a constant
-    x = relp.record(model, original, [node])[1][node, layer].squeeze(2).clone().requires_grad_()
+    x = relp.record(model, original, [node])[1][node, layer].clone().requires_grad_()
     swapped = model(original, hook=lambda name, at, y: x if (name, at) == (node, layer) else y)[:, -1].log_softmax(-1)
     (gradient,) = torch.autograd.grad(-(p * swapped).sum(), x)
-    wanted = ((patch_act - x) * gradient).sum(-1)
-    got = relp.attribute(model, original, patch, targets, [node], "kl")[node][:, layer]
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+    wanted = ((acts[node, layer] - x) * gradient).sum(-1)
+    torch.testing.assert_close(relp.attribute(model, *pair, [node], "kl")[node][:, layer], wanted, rtol=0, atol=1e-10)
 
 
-def test_a_metric_of_ones_own_has_targets_of_its_own(load, pair):
-    """Here the direction in which the logits should move: any tensor with a row for each prompt."""
-    model, (original, patch, answers) = load("gpt2"), pair
-    direction = torch.zeros(4, model.config.n_vocab, dtype=torch.float64)
-    direction.scatter_(1, answers, torch.tensor([2.0, -2.0], dtype=torch.float64).expand(4, 2))
+def test_kl_costs_no_pass_and_is_0_in_the_patch_run(load, pair):
+    model = load("gemma2")
+    for function in (relp.attribute, relp.compare, relp.activation_patching):
+        passes = []
+        for metric in ("kl", "prob_diff"):
+            counted = Counted(model)
+            function(counted, *pair, ["pattern"], metric)
+            passes.append(counted.forward)
+        assert passes == [2, 2]
+    _, patch_value, _ = relp.compare(model, *pair, ["pattern"], "kl")
+    assert not patch_value.any()
+    with pytest.raises(ValueError, match="kl needs the patch run's logits"):
+        relp.coefficients(model, pair[0], pair[2], ["mlp_out"], relp.kl)
 
-    def along(logits, targets):
-        return (logits * targets).sum(-1)
+    @dataclass  # which has no hash
+    class Own:
+        def __call__(self, logits, answers):
+            return 2 * relp.logit_diff(logits, answers)
 
-    for function in (relp.attribute, relp.activation_patching, resume.activation_patching):
-        mine = function(model, original, patch, direction, ["mlp_out"], along)["mlp_out"]
-        torch.testing.assert_close(mine, 2 * function(model, *pair, ["mlp_out"])["mlp_out"])
+    mine, theirs = (relp.attribute(model, *pair, ["mlp_out"], metric)["mlp_out"] for metric in (Own(), "logit_diff"))
+    torch.testing.assert_close(mine, 2 * theirs)
 
 
 def test_kl_on_the_command_line(run, tiny, tmp_path):  # noqa: F811
     prompts = tmp_path / "ids.jsonl"
     prompts.write_text('{"original": [5, 6, 7], "patch": [5, 9, 7], "original_answer": 4, "patch_answer": 8}\n')
-    given = ["--model", tiny["gemma2"], "--prompts", prompts, "--metric", "kl", "--no-plot", "--methods", "ap,relp"]
-    code, out, err = run(*given)
-    assert code == 0 and "mean kl +" in out and "and +0.000" in out and not err
+    for how in (["--methods", "ap,relp"], ["--task", "edges", "--methods", "ap,relp,eap-ig-2"]):
+        code, out, err = run("--model", tiny["gemma2"], "--prompts", prompts, "--metric", "kl", "--no-plot", *how)
+        assert code == 0 and "mean kl +" in out and "and +0.000" in out and not err
     code, _, err = run("--task", "sva", "--metric", "kl")
     assert code == 2 and len(err) == 1 and "--metric kl" in err[0]
 
@@ -183,20 +198,20 @@ def test_a_model_in_memory_that_is_not_ours_is_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures, the top
+# Pictures, the top, progress
 
 
 def test_a_heatmap_shows_the_mean_over_prompts_and_the_sum_over_heads():
     g = torch.Generator().manual_seed(0)
     scores = {"resid_pre": torch.randn(3, 2, 4, generator=g), "head": torch.randn(3, 2, 4, 5, generator=g)}
-    figure = figures.heatmap(scores, ["BOS", "a", "b", "c"], "RelP")
+    figure = figures.heatmap(scores, ["BOS", "a", "b$", "c"], "RelP")
     assert isinstance(figure, matplotlib.figure.Figure)
     images = [ax.images[0] for ax in figure.axes[:2]]
     torch.testing.assert_close(torch.tensor(images[0].get_array().data), scores["resid_pre"].double().mean(0))
     torch.testing.assert_close(torch.tensor(images[1].get_array().data), scores["head"].double().mean(0).sum(-1))
     largest = max(abs(image.get_array()).max() for image in images)
     assert all(image.get_clim() == (-largest, largest) for image in images)
-    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["BOS", "a", "b", "c"]
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["BOS", "a", "b$", "c"]
     with pytest.raises(ValueError, match=r"scores of head must be \[batch, layer, 4 labelled positions\], got"):
         figures.heatmap({"head": torch.zeros(3, 2, 5)}, ["a"] * 4)
     with pytest.raises(ValueError, match="no scores"):
@@ -215,3 +230,16 @@ def test_the_top_are_the_largest_in_size_with_layer_token_and_part():
     )
     with pytest.raises(ValueError, match="3 labelled positions|2 labelled positions"):
         tables.top(scores, ["BOS", " a"])
+
+
+def test_a_progress_bar_for_ap(toy, monkeypatch):
+    model, tokenizer = toy
+    seen = []
+    with progress_bar("AP") as progress:
+
+        def report(part):
+            seen.append(part)
+            progress(part)
+
+        relp.activation_patching(model, *tasks.pair(tokenizer, *TEXTS), ["mlp_out"], progress=report)
+    assert seen == sorted(seen) and seen[-1] == 1

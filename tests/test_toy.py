@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,25 +17,25 @@ import train
 
 import relp
 import tasks
-from models import from_pretrained
-from support.prompts import tensors
+from models import Config, Transformer, from_pretrained
 from support.saes import load_saes
 from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-TOYS = ["gpt2", "neox", "qwen2", "gemma2", "qwen3"]
+TOYS = ["gpt2", "neox", "qwen2", "gemma2"]
+ALL = [*TOYS, "qwen3", "qwen3-moe", *(f"deep-{toy}" for toy in TOYS)]
 
 
-@pytest.mark.parametrize("toy", TOYS)
+@pytest.mark.parametrize("toy", ALL)
 def test_accuracy_on_held_out_combinations(toy):
     accuracy = train.accuracies(from_pretrained(f"toy-{toy}"), train.held_out_prompts(100, seed=777))
     assert train.passes(accuracy), accuracy
     assert train.passes(json.loads((ROOT / "toy" / toy / "training.json").read_text())["accuracy"])
 
 
-@pytest.mark.parametrize("toy", TOYS)
+@pytest.mark.parametrize("toy", ALL)
 def test_transformers_can_open_them(toy):
     import transformers
 
@@ -64,7 +65,7 @@ def test_the_saes_explain_what_the_readme_says():
     saes, rows = load_saes(str(ROOT / "toy" / "saes" / "neox"), model), train.training_rows(random.Random(99), 64, 24)
     _, acts = relp.record(model, rows, {name for name, _ in saes})
     for key, sae in saes.items():
-        x = acts[key][:, 1:, 0]  # after the BOS, whose activations are always the same
+        x = acts[key][:, 1:]  # after the BOS, whose activations are always the same
         f = sae.encode(x)
         assert 8 < (f > 0).sum(-1).float().mean() < 24, key
         assert sae.error(x).square().sum() / (x - x.mean((0, 1))).square().sum() < 0.06, key
@@ -80,10 +81,24 @@ def test_the_saes_explain_what_the_readme_says():
 
 def test_a_model_can_be_trained(tmp_path):
     """The script runs as documented; three steps are enough to see that what it saves can be read."""
-    record = train.train("qwen2", 0, 3, tmp_path)
+    record = train.train("qwen2", 0, replace(train.RECIPES["qwen2"], steps=3), tmp_path)
     assert not record["passes"] and record["steps"] == 3
     model = from_pretrained(str(tmp_path))
     assert torch.isfinite(model(torch.zeros(1, 5, dtype=torch.long))).all()
+
+
+@pytest.mark.parametrize("family", train.CONFIGS)
+def test_deep_models(family):
+    """Twice the layers, of the same kinds in turn; embeddings as small as in real models."""
+    config, deep = (Config.from_hf(train.config_of(family, n)) for n in (4, train.DEEP.n_layers))
+    assert deep.n_layers == 8 and deep.windows == 2 * config.windows
+    model = Transformer(deep)
+    train.initialise(model, train.DEEP.embedding_std)
+    model.requires_grad_(False)
+    assert model.embed_tokens.weight.std() == pytest.approx(0.02, rel=0.01)
+    mlp = getattr(model.blocks[0].mlp, "experts", [model.blocks[0].mlp])[0]
+    assert mlp.up.weight.std() == pytest.approx(128**-0.5, rel=0.02)
+    assert mlp.down.weight.std() == pytest.approx(128**-0.5 / 4, rel=0.02)
 
 
 def test_training_prompts_hold_out_what_is_tested():
@@ -101,28 +116,24 @@ def test_training_prompts_hold_out_what_is_tested():
 
 
 def test_the_first_command_of_the_readme(tmp_path):
-    """`python evaluate.py` prints what the README shows, but for the seconds, which have two decimals."""
+    """`python evaluate.py` prints the correlations that the README shows: as its output, and in a table below."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, ROOT / "evaluate.py", "--out", tmp_path], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert result.returncode == 0 and result.stderr == ""
-    printed = list(map(words_and_numbers, result.stdout.splitlines()))
-    shown = [block for block in re.findall(r"(?:^ {4}.*\n)+", README, re.M) if "PCC with AP" in block]
-    assert shown
-    for line in "".join(shown).splitlines():
-        words, numbers = words_and_numbers(line)
-        same = [pytest.approx(other, abs=0.002) for text, other in printed if text == words]
-        assert numbers in same or "written to" in line, line
+
+    def overview(text):
+        found = re.finditer(r"^ *(toy-\w+) +((?:-?[\d.]+ *){6})$", text, re.M)
+        return [(m[1], [float(x) for x in m[2].split()]) for m in found]
+
+    printed = overview(result.stdout)
+    assert [name for name, _ in printed] == ["toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2"]
+    wanted = [(name, pytest.approx(values, abs=0.002)) for name, values in printed]
+    assert overview(README) == wanted
+    assert overview(README.replace("|", " ")) == 2 * wanted
     for name in ("pcc.png", "toy-gpt2-ioi/heatmaps.png", "toy-gemma2-ioi/summary.json", "toy-qwen2-ioi/scores.npz"):
         assert (tmp_path / name).stat().st_size > 1000
-
-
-def words_and_numbers(line):
-    """A line's text, and its numbers with three decimals."""
-    number = r"[-+]?\d*\.\d{3}"
-    text = re.sub(r"\d+\.\d\d(?!\d)", "seconds", re.sub(number, "number", line))
-    return " ".join(text.split()), [float(x) for x in re.findall(number, line)]
 
 
 def test_the_code_in_the_readme_runs():
@@ -142,39 +153,32 @@ def test_features_of_the_shipped_saes():
     model, tokenizer = from_pretrained("toy-neox"), load_tokenizer("toy-neox")
     saes = load_saes(str(ROOT / "toy" / "saes" / "neox"), model)
     pairs, _ = tasks.sva(tokenizer, "across_rc", n=100)  # "The athlete that the managers like" -> does
-    features = relp.attribute_features(model, *tensors(pairs), saes, lrp=True)
+    batch = (torch.tensor([getattr(p, part) for p in pairs]) for part in ("original", "patch", "answers"))
+    features = relp.attribute_features(model, *batch, saes, lrp=True)
     assert len(features) == 13 and features["resid_post", 2].shape == (100, 7, 513)
 
 
-COMMANDS = [
-    "evaluate.py",
-    *(f"-m beyond.{name}" for name in ("edges", "grid", "verify", "audit", "conservation")),
-    *(f"toy/{name}.py" for name in ("train", "train_saes", "plant")),
-    *("tests/benchmark.py", "course/build.py"),
-]
-READMES = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("**/*.md") if ".venv" not in path.parts]
+HELP = {"README.md": ["evaluate.py"], "toy/README.md": ["evaluate.py", "toy/train.py", "toy/train_saes.py"]}
+HELP |= {"support/README.md": ["evaluate.py"], "beyond/README.md": ["evaluate.py", "tests/benchmark.py"]}
+HELP |= {f"{folder}/README.md": ["evaluate.py", "toy/plant.py"] for folder in ("beyond/edges", "toy/planted")}
+HELP |= {"tests/README.md": ["evaluate.py", "tests/benchmark.py", "tests/fuzz.py"]}
 
 
 @cache
-def options_of(command):
-    """The options in its --help."""
+def help_of(script):
+    command = [sys.executable, ROOT / script, "--help"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = [sys.executable, *command.split(), "--help"]
-    return options(subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
 
 
-def options(text):
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
-
-
-@pytest.mark.parametrize("readme", READMES)
+@pytest.mark.parametrize("readme", HELP)
 def test_the_options_in_the_readmes_exist(readme):
-    """In a command those of this command, anywhere else those of some command."""
-    text = (ROOT / readme).read_text(encoding="utf-8")
-    for line in re.findall(r"^ {4}.*\b(?:python|torchrun)\b.*$", text, re.M):
-        for command in COMMANDS:
-            if command in line:
-                given = options(line.split(command)[1])
-                assert given <= options_of(command), line
-    known = set().union(*map(options_of, COMMANDS)) | {"--nproc-per-node", "--check"}  # torchrun's and ruff's
-    assert options(text) <= known
+    """Each is an option of the project's command, or of another script that this README is about."""
+
+    def options(text):
+        return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+
+    known = {"--nproc-per-node"}  # torchrun's
+    for script in HELP[readme]:
+        known |= options(help_of(script))
+    assert len(known) > 20 and options((ROOT / readme).read_text(encoding="utf-8")) <= known

@@ -34,15 +34,14 @@ ROWS = [(32, 24), (32, 24), (12, 64)]  # (rows, tokens in each), as in training 
 def activations(model: Transformer, rows: torch.Tensor) -> dict[Key, torch.Tensor]:
     """{(node, layer): [token, d_model]} of the thirteen."""
     _, kept = record(model, rows, NODES)
-    return {key: x.flatten(0, 2) for key, x in kept.items() if key[0] != "resid_pre" or key[1] == 0}
+    return {key: x.flatten(0, 1) for key, x in kept.items() if key[0] != "resid_pre" or key[1] == 0}
 
 
 def stacked(model: Transformer, rng: random.Random, batches: int = 1) -> torch.Tensor:
     """[sae, token, d_model]: the activations of fresh rows."""
-    parts = []
-    for _ in range(batches):
-        acts = activations(model, training_rows(rng, *rng.choice(ROWS)))
-        parts.append(torch.stack(list(acts.values())))
+    parts = [
+        torch.stack(list(activations(model, training_rows(rng, *rng.choice(ROWS))).values())) for _ in range(batches)
+    ]
     return torch.cat(parts, dim=1)
 
 
@@ -57,8 +56,9 @@ def train(model: Transformer, seed: int, steps: int, lr: float, n_features: int,
     n_saes, _, d = x.shape
 
     # features start as directions of activations
-    tokens = x[:, torch.randperm(x.shape[1])[:n_features]]
-    W_dec = F.normalize(tokens + 0.05 * torch.randn(n_saes, n_features, d), dim=-1)
+    W_dec = F.normalize(
+        x[:, torch.randperm(x.shape[1])[:n_features]] + 0.05 * torch.randn(n_saes, n_features, d), dim=-1
+    )
     W_enc, b_enc, b_dec = W_dec.transpose(1, 2).clone(), torch.zeros(n_saes, 1, n_features), torch.zeros(n_saes, 1, d)
     weights = [w.requires_grad_() for w in (W_enc, b_enc, W_dec, b_dec)]
     optimiser = torch.optim.Adam(weights, lr=lr, betas=(0.9, 0.99))
@@ -154,19 +154,23 @@ def measure(model: Transformer, saes: dict[Key, SAE], seed: int, batches: int = 
     rows = [training_rows(rng, *ROWS[i % len(ROWS)]) for i in range(batches)]
     acts = [activations(model, r) for r in rows]
 
-    def loss(hook=None):
-        losses = []
-        for r in rows:
-            logits = model(r[:, :-1], hook=hook)
-            losses.append(F.cross_entropy(logits.flatten(0, 1), r[:, 1:].flatten(), reduction="none"))
-        return torch.cat(losses).mean().item()
+    def loss(key=None, replace=None):
+        def hook(name, layer, x):
+            return replace(x) if (name, layer) == key else x
+
+        hook.nodes = key[:1] if key else ()
+        each = [
+            F.cross_entropy(model(r[:, :-1], hook=hook).flatten(0, 1), r[:, 1:].flatten(), reduction="none")
+            for r in rows
+        ]
+        return torch.cat(each).mean().item()
 
     whole, result = loss(), {}
     for key, sae in saes.items():
         x = torch.cat([a[key] for a in acts])
         f, mean = sae.encode(x), x.mean(0)
-        ablated = loss(lambda name, layer, x, key=key, mean=mean: mean.expand_as(x) if (name, layer) == key else x)
-        spliced = loss(lambda name, layer, x, key=key, sae=sae: x - sae.error(x) if (name, layer) == key else x)
+        ablated = loss(key, mean.expand_as)
+        spliced = loss(key, lambda x, sae=sae: sae.decode(sae.encode(x)))
         result[key] = {
             "l0": (f > 0).float().sum(-1).mean().item(),
             "fve": 1 - (sae.error(x).square().sum() / (x - mean).square().sum()).item(),
