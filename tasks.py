@@ -70,13 +70,11 @@ Jerry Dennis Keith Alan Bruce Craig Ian Luke Max Leo Oscar Victor Vincent Louis 
 Margaret Ruth Julia Julie Victoria Rebecca Michelle Amanda Melissa Stephanie Nicole Christine Katherine Heather Diana
 Claire Charlotte Sophie Lucy Rose Marie Angela
 """.split()
-
 PLACES = """
 store school park house office hospital library station restaurant church garden beach market bank museum hotel
 theater airport farm zoo gym stadium factory bar cafe mall lake river island bridge castle temple studio shop garage
 kitchen prison court palace forest village party camp clinic
 """.split()
-
 OBJECTS = """
 book ball drink letter ring phone card gift key picture watch hat bottle computer ticket kiss
 bag box cup knife lamp coat shirt map pen camera guitar flower basket cake sandwich coin candle necklace bone
@@ -141,6 +139,8 @@ def pair(
     The roles are the original's tokens. bos: begin both texts with the tokenizer's BOS token.
     ValueError, which shows the tokens, if they are no pair; it is Unaligned if they might be one in another tokenizer.
     """
+    if not isinstance(original, str | list) or type(original) is not type(patch):
+        raise ValueError(f"original and patch must be both texts or both ids; got {original!r:.80}, {patch!r:.80}")
     start = bos_ids(tokenizer, bos) if isinstance(original, str) else []
     prompts = [tokenizer.encode(x) if isinstance(x, str) else x for x in (original, patch)]
     answers = [after(tokenizer, x) if isinstance(x, str) else x for x in (original_answer, patch_answer)]

@@ -63,7 +63,7 @@ from beyond.edges.patching import patch_edges
 from beyond.edges.scores import attribute_edges
 from course.classroom import check, show
 from support import figures, lesson_figures, tables
-from support.scoring import tensors
+from support.prompts import tensors
 from support.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)  # the models are small: more threads would wait for each other

@@ -108,8 +108,6 @@ def fields(line: bytes, tokenizer: Tokenizer | None) -> list[str | list[int]]:
         if not value or not (is_ids or isinstance(value, str)):
             raise ValueError(f"{ours} must be a text or token ids, integers of 0 or more; got {quote(value)}")
         values.append(value)
-    if type(values[0]) is not type(values[1]):
-        raise ValueError("original and patch must be both texts or both token ids")
     return values
 
 

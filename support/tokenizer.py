@@ -45,7 +45,9 @@ def load_tokenizer(name: str) -> "ByteLevel | Library":
         raise ValueError(f"{name}: {file} cannot be read: {type(error).__name__}: {first_line(error)}") from None
     named = [config.get("bos_token"), config.get("eos_token")]
     named = [token.get("content") if isinstance(token, dict) else token for token in named]
-    known = [token for token in (*named, *WELL_KNOWN_BOS) if isinstance(token, str) and token in tokenizer.id_of]
+    if odd := [token for token in named if not isinstance(token, str | None)]:
+        raise ValueError(f"{name}: tokenizer_config.json must give bos_token and eos_token as text, got {quote(odd)}")
+    known = [token for token in (*named, *WELL_KNOWN_BOS) if token in tokenizer.id_of]
     tokenizer.bos_id = tokenizer.id_of[known[0]] if known else None
     return tokenizer
 

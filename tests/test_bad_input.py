@@ -351,6 +351,7 @@ def nested(x):
     (tokenizer({"merges": [], "vocab": {"a": 0.5}}), ["tokenizer.json", "0.5"]),
     (no_tokenizer_json(tokenizer_class=5), ["a 5 needs tokenizer.json"]),
     (content("tokenizer_config.json", "oops"), ["tokenizer_config.json"]),
+    (content("tokenizer_config.json", '{"bos_token": ["a"]}'), ["tokenizer_config.json", "bos_token", "['a']"]),
 ], ids=label)  # fmt: skip
 def test_checkpoints(change, words, broken):
     message = broken(change)

@@ -60,6 +60,9 @@ def test_a_pair_of_strings_goes_into_relp_as_it_is(toy):
     (("Then Mary", "Then John", " John Mary", " Mary"), ["original_answer must be one token", "' John', ' Mary'"]),
     (("Then Mary", "Then John", " John", " John"), ["patch_answer must differ"]),
     (("", "", " John", " Mary"), ["must differ; both are 0 tokens"]),
+    ((3, "Then", " John", " Mary"), ["original and patch must be both texts or both ids; got 3, 'Then'"]),
+    ((None, None, " John", " Mary"), ["original and patch must be both texts or both ids; got None"]),
+    (("Then", [5], " John", " Mary"), ["original and patch must be both texts or both ids"]),
 ])  # fmt: skip
 def test_a_pair_that_cannot_be_is_refused_with_its_tokens(toy, texts, words):
     with pytest.raises(ValueError) as error:

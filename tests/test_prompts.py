@@ -89,7 +89,7 @@ def test_text_that_holds_a_line_separator(write):
     (dict(patch="The cat"), "must differ"),
     (dict(patch_answer=" are not"), "patch_answer must be one token"),
     (dict(original=""), "original must be a text or token ids"),
-    (dict(patch=[5, 7]), "both texts or both token ids"),
+    (dict(patch=[5, 7]), "both texts or both ids"),
     (dict(patch_answer=True), "patch_answer must be a text or token ids, integers of 0 or more; got True"),
 ])  # fmt: skip
 def test_texts_that_are_no_pair(write, change, says):

@@ -358,7 +358,7 @@ def plain(*special: str, **changes) -> dict:
     (["<x>", "<y>"], {"bos_token": {"content": "<y>", "lstrip": False}}, 301),
     (["<x>", "<y>"], {"bos_token": None, "eos_token": {"content": "<x>"}}, 300),  # Qwen2 has no BOS
     (["<s>", "<y>"], {"eos_token": "<y>"}, 301),
-    (["<s>", "<y>"], {"bos_token": "<not a token>", "eos_token": ["<y>"]}, 300),
+    (["<s>", "<y>"], {"bos_token": "<not a token>", "eos_token": None}, 300),
     (["<x>", "<|endoftext|>"], None, 301),
     (["<eos>", "<bos>"], {}, 301),
     (["<s>", "</s>"], None, 300),
