@@ -169,7 +169,7 @@ def one_token(tokenizer: Tokenizer, words: Sequence[str]) -> list[str]:
     return [word for word in words if len(ids[word]) == 1 and tokenizer.decode(ids[word]).strip() == word]
 
 
-def fill(tokenizer: Tokenizer, template: str, words: dict[str, str], bos: bool) -> tuple[tuple[int], tuple[str]]:
+def fill(tokenizer: Tokenizer, template: str, words: dict[str, str], bos: bool) -> tuple[tuple, tuple]:
     """Ids and roles of a prompt. Slots: [ROLE], filled from `words`, and [ROLE=word]. Another word is its own role."""
     ids, roles, text = [], [], ""
     for piece in re.findall(r" ?\[.+?\]| ?\w+|[.,]", template):

@@ -74,13 +74,14 @@ def notebook(every: list[Cell]) -> dict:
     return {"cells": of_cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 
 
-def executed(content: dict, timeout: int = 600) -> dict:
+def executed(content: dict) -> dict:
     """The notebook after a run in the folder of the course, with outputs."""
     import nbformat
     from nbclient import NotebookClient
 
     nb = nbformat.reads(json.dumps(content), as_version=4)
-    run = NotebookClient(nb, timeout=timeout, record_timing=False, resources={"metadata": {"path": str(HERE)}})
+    here = {"metadata": {"path": str(HERE)}}
+    run = NotebookClient(nb, timeout=600, record_timing=False, coalesce_streams=True, resources=here)
     result = json.loads(nbformat.writes(run.execute()))
     for cell in result["cells"]:  # warnings speak of this machine: they go to its terminal
         for output in [o for o in cell.get("outputs", []) if o.get("name") == "stderr"]:

@@ -28,19 +28,10 @@ A cell begins with "# %%"; build.py says how cells are marked. COURSE_PICTURES=f
 # | 6 | Can I make a rule of my own? |
 # | 7 | Which way does the answer take through the model? |
 
-# %% tags=["setup"]
-import os
-import subprocess
+# %%
 import sys
 from pathlib import Path
 
-if "google.colab" in sys.modules and not Path("relp.py").exists():  # nothing of this happens on your own machine
-    copy = "https://github.com/YOUR-ACCOUNT/relp"  # write the address of your copy of this project here
-    subprocess.run(["git", "clone", "--depth", "1", copy, "relp"], check=True)
-    os.chdir("relp")
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", "requirements.txt"], check=True)
-
-# %%
 here = [Path(sys.path[0] or "."), Path.cwd()]  # the script's folder, or the notebook's
 root = next(folder for h in here for folder in (h, h.parent) if (folder / "relp.py").exists())
 sys.path.insert(0, str(root))
@@ -61,8 +52,8 @@ from beyond.edges.graph import Graph
 from beyond.edges.judging import Judge, smallest
 from beyond.edges.patching import patch_edges
 from beyond.edges.scores import attribute_edges
-from course.classroom import check, show
-from support import figures, lesson_figures, tables
+from course.classroom import bars, check, curves, show
+from support import figures, resume, tables
 from support.prompts import tensors
 from support.tokenizer import load_tokenizer
 
@@ -90,7 +81,8 @@ for prompt in (original, patch):
     next_token = model(prompt)[0, -1].argmax()
     print(tokenizer.decode(prompt[0, 1:].tolist()), "->", tokenizer.decode([int(next_token)]))
 
-value, patch_value, _ = relp.compare(model, *one, nodes=["resid_pre"])
+value = relp.logit_diff(model(original)[:, -1], answers)
+patch_value = relp.logit_diff(model(patch)[:, -1], answers)
 print(f"logit of John minus logit of Mary: {value.item():+.2f} and {patch_value.item():+.2f}")
 assert value > 0 > patch_value
 
@@ -106,12 +98,13 @@ assert value > 0 > patch_value
 def patched(node, layer, position, pair):
     """The metric of the original run with one activation from the patch run."""
     original, patch, answers = pair
-    _, patch_acts = relp.record(model, patch, [node])  # the patch run's activations
+    _, patch_acts = relp.record(model, patch, [node])
+    from_patch = patch_acts[node, layer].squeeze(2)  # [pair, position, number]; a whole node has one part
 
     def hook(name, at_layer, x):
         if (name, at_layer) == (node, layer):
             x = x.clone()
-            x[:, position] = patch_acts[node, layer][:, position]
+            x[:, position] = from_patch[:, position]
         return x
 
     return relp.logit_diff(model(original, hook=hook)[:, -1], answers)
@@ -152,7 +145,7 @@ assert at[2, S2] < -value and abs(at[2, END]) < 1 and at[3, END] < -value and ab
 # to the last word? Patch the node `attn_out` and look at the last position.
 
 # %% tags=["exercise"]
-layer_1 = None  # 0, 1, 2 or 3
+layer_1 = None  # a whole number: 0, 1, 2 or 3
 
 # %% tags=["check"]
 check(
@@ -196,7 +189,8 @@ roles = pairs[0].roles
 B1, A, S2, END = (roles.index(role) for role in ("B1", "A", "S2", "END"))
 kinds = ["resid_pre", "attn_out", "mlp_out"]
 
-value, patch_value, _ = relp.compare(model, *many, nodes=kinds)
+value = relp.logit_diff(model(original)[:, -1], answers)
+patch_value = relp.logit_diff(model(patch)[:, -1], answers)
 print(f"{len(pairs)} pairs; right on {(value > 0).float().mean():.0%} and {(patch_value < 0).float().mean():.0%}")
 print(f"mean metric {value.mean():+.2f} and {patch_value.mean():+.2f}")
 
@@ -210,7 +204,7 @@ def atp_by_hand(kinds):
     stream, acts = relp.record(model, original, kinds, grad=True)
     metric = relp.read_out(model, stream, answers).sum()
     gradients = dict(zip(acts, torch.autograd.grad(metric, list(acts.values()))))
-    return {key: ((patch_acts[key] - acts[key]) * gradients[key]).sum(-1) for key in acts}  # [pair, position]
+    return {key: ((patch_acts[key] - acts[key]) * gradients[key]).sum((-2, -1)) for key in acts}  # [pair, position]
 
 
 by_hand = atp_by_hand(kinds)
@@ -239,6 +233,7 @@ show(figures.heatmap(stream_maps, roles, "residual stream: the truth, and what t
 t, a = (scores["resid_pre"].mean(0) for scores in (truth, atp))
 assert pcc(atp)["resid_pre"] < 0.3 and (a[:3, S2].abs() < 0.4 * t[:3, S2].abs()).all()
 assert (t[0, [B1, A]].sign() == -a[0, [B1, A]].sign()).all()
+assert min(pcc(atp)["attn_out"], pcc(atp)["mlp_out"]) > 0.8
 
 # %% [markdown]
 # In the residual stream AtP fails: its correlation with the truth is about .25. It misses most of the effect at S2, and
@@ -255,9 +250,10 @@ worst_2 = None  # (layer, role), such as (2, "END")
 miss = (atp["resid_pre"] - truth["resid_pre"]).mean(0).abs()
 check(
     worst_2,
-    lambda answer: miss[answer[0], roles.index(answer[1])] == miss.max(),
+    lambda answer: answer == (int(miss.max(1).values.argmax()), roles[int(miss.max(0).values.argmax())]),
     f"There the truth is {t.flatten()[miss.argmax()]:+.1f}, and AtP says {a.flatten()[miss.argmax()]:+.1f}.",
-    "Look for the largest of (atp - truth).mean(0).abs(): layers are rows, positions are columns.",
+    "Look for the largest of (atp - truth).mean(0).abs(): layers are rows, positions are columns. "
+    "The answer is a layer and a role, in this order.",
 )
 
 # %% [markdown] tags=["solution"]
@@ -279,13 +275,18 @@ check(
 # constants). So a norm does not see how long the stream is. If the stream gets longer or shorter and keeps its
 # direction, the norm's output stays the same. The derivative in this direction is zero.
 
+
 # %%
-acts, gradients = relp.coefficients(model, original, answers, ["resid_pre", "mlp_out", "resid_post"])
-_, patch_acts = relp.record(model, patch, ["resid_pre", "mlp_out", "resid_post"])
-acts = {key: x.detach() for key, x in acts.items()}
+def whole(acts):
+    """[pair, position, number]: a node that is taken whole has one part, which needs no axis."""
+    return {key: x.squeeze(2) for key, x in acts.items()}
+
+
+found = relp.activations_and_rho(model, *many, nodes=["resid_pre", "mlp_out", "resid_post"])
+acts, patch_acts, gradients = map(whole, found)
 
 x, gradient = acts["resid_post", 3][:, END], gradients["resid_post", 3][:, END]  # the final stream at the last word
-plain = models.Rules()
+plain = models.Pass(models.Rules())  # a forward pass without rules
 moved = (model.ln_f(1.5 * x, plain) - model.ln_f(x, plain)).abs().max()
 print(f"a stream that is 1.5 times as long changes the last norm's output by {moved:.6f}")
 print(f"length of the stream {x.norm(dim=-1).mean():.1f}, of the gradient {gradient.norm(dim=-1).mean():.3f}")
@@ -321,10 +322,11 @@ slope = slopes(atp)
 for node in ("resid_pre", "mlp_out"):
     print(f"AtP's slope, {node:9}", "  ".join(f"{number:6.3f}" for number in slope[node]))
 series = {"slope: resid_pre": slope["resid_pre"], "slope: mlp_out": slope["mlp_out"], "cosine: mlp_out": cosines}
-show(lesson_figures.bars(series, [f"layer {i}" for i in range(4)], title="AtP's slope against AP, and a cosine"))
+show(bars(series, [f"layer {i}" for i in range(4)], title="AtP's slope against AP, and a cosine"))
 
 assert cosines[0] > 0.9 and max(cosines[1:]) < 0.3
 assert all(sorted(of) == of for of in (slope["resid_pre"], slope["mlp_out"]))  # they rise from layer to layer
+assert min(slope["mlp_out"][1:]) > 0.43
 
 # %% [markdown]
 # The earlier the layer, the smaller AtP's slope: from there, the gradient comes through more norms. Layer 0's MLP
@@ -370,7 +372,7 @@ for node, layer, position in places:
     alone.append(round(add(node, layer, position, change - rest).mean().item(), 2) + 0.0)  # and not -0.0
     print(f"   it takes away {takes_away[-1]:.2f} of the stream in its own direction; this alone does {alone[-1]:.2f}")
 labels = [f"{node} {layer} at {roles[position]}" for node, layer, position in places]
-show(lesson_figures.bars(series, labels, "change of the metric", "the change without its part along the stream"))
+show(bars(series, labels, "change of the metric", "the change without its part along the stream"))
 
 assert all(0.4 < share < 0.7 for share in takes_away) and all(abs(effect) < 0.01 for effect in alone[1:])
 ap_whole, ap_rest, atp_whole, atp_rest = (torch.tensor(of) for of in series.values())
@@ -491,8 +493,8 @@ ln_only = models.Rules(ln=True)
 assert torch.equal(model(original, lrp=ln_only), model(original))
 print("the logits are the same to the last bit")
 
-_, rho = relp.coefficients(model, original, answers, ["resid_post"], lrp=ln_only)
-rho = rho["resid_post", 3][:, END]
+_, _, rho = relp.activations_and_rho(model, *many, nodes=["resid_post"], lrp=ln_only)
+rho = rho["resid_post", 3][:, END].squeeze(1)
 print(f"stream . gradient {(x * gradient).sum(-1).abs().mean():.2f}, stream . rho {(x * rho).sum(-1).mean():.2f}")
 print(f"the metric        {value.mean():.2f}")
 assert torch.allclose((x * rho).sum(-1), value, atol=1e-3)  # for every pair
@@ -504,13 +506,17 @@ say("with the LN-rule:", pcc(with_ln))
 for node in ("resid_pre", "mlp_out"):
     print(f"slope with the LN-rule, {node:9}", "  ".join(f"{number:6.3f}" for number in slopes(with_ln)[node]))
 stream_maps["with the LN-rule"] = with_ln["resid_pre"]
-show(figures.heatmap(stream_maps, roles, "residual stream: one line of code makes the difference"))
-assert min(pcc(with_ln).values()) > 0.98
+show(figures.heatmap(stream_maps, roles, "residual stream: what one line of code does (new colour scale)"))
+b1, b1_truth = (scores["resid_pre"].mean(0)[0, B1] for scores in (with_ln, truth))
+print(f"layer 0 at B1: with the LN-rule {b1:+.1f}, AP {b1_truth:+.1f}")
+off = (with_ln["resid_pre"] - truth["resid_pre"]).mean(0).abs()  # [layer, position]
+assert min(pcc(with_ln).values()) > 0.98 and off.argmax() == B1 and b1_truth > 0 and b1 > b1_truth + 4
 assert all(0.9 < number < 1.3 for node in ("resid_pre", "mlp_out") for number in slopes(with_ln)[node])
 
 # %% [markdown]
 # The correlation in the residual stream rises from .25 to .99. At the last norm, the rule does exactly what we did by
-# hand in lesson 3. It does the same at the other eight norms.
+# hand in lesson 3. It does the same at the other eight norms. Not all is right now: the largest error left is at B1 in
+# layer 0, where the score has the right sign and is too large.
 
 # %% [markdown]
 # ## 5. What is RelP, as a whole?
@@ -563,7 +569,7 @@ check(
 #     stream, acts = relp.record(model, original, kinds, lrp=True, grad=True)
 #     metric = relp.read_out(model, stream, answers, lrp=True).sum()
 #     rho = dict(zip(acts, torch.autograd.grad(metric, list(acts.values()))))
-#     return {key: ((patch_acts[key] - acts[key]) * rho[key]).sum(-1) for key in acts}
+#     return {key: ((patch_acts[key] - acts[key]) * rho[key]).sum((-2, -1)) for key in acts}
 # ```
 #
 # </details>
@@ -585,7 +591,7 @@ of_sets = {name: pcc(relp.attribute(model, *many, nodes=kinds, lrp=rules)) for n
 for name, numbers in of_sets.items():
     say(name.replace("\n", " "), numbers)
 series = {node: [numbers[node] for numbers in of_sets.values()] for node in kinds}
-show(lesson_figures.bars(series, list(of_sets), "PCC with AP", "sets of rules on toy-qwen2"))
+show(bars(series, list(of_sets), "PCC with AP", "sets of rules on toy-qwen2"))
 
 papers = of_sets["LN, Identity, Half\n(the paper's)"]
 assert all(papers[node] > of_sets["none (AtP)"][node] for node in kinds)  # RelP is better than AtP
@@ -594,21 +600,21 @@ assert all(of_sets["LN, Identity"][node] > papers[node] for node in kinds)  # it
 
 # %% [markdown]
 # RelP is better than AtP on all three kinds of nodes. The LN-rule by itself does it. On this model, the Half-rule costs
-# a little: without it, all three numbers are higher. Now the four models that come with the project, the mean of the
-# three kinds.
+# a little: without it, all three numbers are higher. Now four of the models that come with the project, and the mean of
+# the three kinds. `support/resume.py` has the same activation patching as `relp.py`, many times faster.
 
 # %%
 of_models = {"AtP": [], "RelP": [], "LN-rule only": []}
 names = ["toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2"]
 for name in names:
     other, of_other = models.from_pretrained(name), tensors(twenty_pairs(load_tokenizer(name)), "cpu")
-    true = relp.activation_patching(other, *of_other, nodes=kinds)
+    true = resume.activation_patching(other, *of_other, nodes=kinds)
     for method, rules in zip(of_models, (False, True, ln_only)):
         scores = relp.attribute(other, *of_other, nodes=kinds, lrp=rules)
         mean = sum(relp.pearson(scores[node].mean(0), true[node].mean(0)) for node in kinds) / len(kinds)
         of_models[method].append(mean)
     print(f"{name:11}", "  ".join(f"{method} {of[-1]:.3f}" for method, of in of_models.items()))
-show(lesson_figures.bars(of_models, names, "mean PCC with AP", "four models"))
+show(bars(of_models, names, "mean PCC with AP", "four models"))
 assert all(ours > theirs for ours, theirs in zip(of_models["RelP"], of_models["AtP"]))
 
 # %% [markdown]
@@ -637,7 +643,7 @@ for share, numbers in zip(shares, of_shares):
     say(f"constant to {share:.0%}:", numbers)
 series = {node: [numbers[node] for numbers in of_shares] for node in kinds}
 title = "how constant should a norm's number be?"
-show(lesson_figures.curves(shares, series, "share that is constant (0: AtP, 1: LN-rule)", "PCC with AP", title))
+show(curves(shares, series, "share that is constant (0: AtP, 1: LN-rule)", "PCC with AP", title))
 assert all(abs(of_shares[0][node] - pcc(atp)[node]) < 1e-4 for node in kinds)
 assert all(abs(of_shares[4][node] - pcc(with_ln)[node]) < 1e-4 for node in kinds)
 assert max(range(7), key=lambda i: sum(of_shares[i].values())) == 4  # the best mean is at 1
@@ -651,12 +657,13 @@ assert max(range(7), key=lambda i: sum(of_shares[i].values())) == 4  # the best 
 # 0.5 it does not.
 
 # %%
+exact_model = models.from_pretrained("toy-qwen2", dtype=torch.float64)  # the audit compares to 7 digits
 some_prompts = original[:4]
-report = audit(model, some_prompts, dial(1, ln=True))
-print("dial at 1:  ", report["rules"]["ln"])
-assert report["rules"]["ln"]["applied"] == {"RMSNorm": 9}
+applied = audit(exact_model, some_prompts, dial(1, ln=True))
+print("dial at 1:  ", {rule: dict(where) for rule, where in applied.items()})
+assert applied["ln"] == {"Norm": 9}
 try:
-    audit(model, some_prompts, dial(0.5, ln=True))
+    audit(exact_model, some_prompts, dial(0.5, ln=True))
 except ValueError as error:
     print("dial at 0.5:", error)
 else:
@@ -671,15 +678,21 @@ else:
 #         return 0.5 * a * b
 # ```
 #
-# What does the audit say to `Broken(half=True)`? Repair it.
+# What is wrong with it? Compare the logits with `lrp=Broken(half=True)` with those without rules. Repair it.
 
 # %% tags=["exercise"]
 Repaired = None  # class Repaired(models.Rules): ...
 
+
 # %% tags=["check"]
+def is_half_rule(mine):
+    same = torch.equal(exact_model(some_prompts, lrp=mine(half=True)), exact_model(some_prompts))
+    return same and audit(exact_model, some_prompts, mine(half=True))["half"] == {"MLP": 4}
+
+
 check(
     Repaired,
-    lambda mine: audit(model, some_prompts, mine(half=True))["rules"]["half"]["applied"] == {"MLP": 4},
+    is_half_rule,
     "The audit has found the Half-rule in all four MLPs, and the logits are unchanged.",
     "The value must stay a * b; half of it must be a constant.",
 )
@@ -728,37 +741,41 @@ assert edge_pcc["RelP"] > edge_pcc["AtP"]
 
 # %%
 judge = Judge(gpt2, gpt2_pairs, relp.logit_diff, torch.device("cpu"), size=32)
-circuit, _ = smallest(judge, edge_scores, by_node=False)
-n_edges, f = int(circuit.sum()), judge.f(circuit)
-random_order = ranking(torch.randn(there.shape, generator=torch.Generator().manual_seed(0)), there, signed=False)
-f_random = judge.f(best(random_order, n_edges, graph, by_node=False))
+circuit, _ = smallest(judge, edge_scores)
+n_edges, f = int(circuit.sum()), float(judge.f(circuit))
+random_order = ranking(torch.randn(there.shape, generator=torch.Generator().manual_seed(0)), graph, signed=False)
+f_random = float(judge.f(best(random_order, n_edges, graph)))
 print(f"{n_edges} of {int(there.sum())} edges: f = {f:.3f}; as many at random: f = {f_random:.3f}")
 assert f >= 0.8 and f_random < 0.01
 
 edges = []
 for writer, reader in circuit.nonzero().tolist():
-    role = roles[int(by_position[:, writer, reader].abs().argmax())]  # where it matters most
+    sizes = by_position[:, writer, reader].abs()
+    where = sizes.argsort(descending=True)[: 1 + int(sizes.topk(2).values.min() > 0.5 * sizes.max())]
+    role = ", ".join(roles[i] for i in where)  # where it matters most: one position, or two that are nearly equal
     name = f"{graph.writers[writer]}->{graph.readers[reader]}"
     edges.append({"edge": name, "score": float(edge_scores[writer, reader]), "role": role})
 edges.sort(key=lambda edge: -abs(edge["score"]))
 for edge in edges[:6]:
-    print(f"{edge['edge']:14} {edge['score']:+7.2f} at {edge['role']}")
+    print(f"{edge['edge']:15} {edge['score']:+7.2f} at {edge['role']}")
 show(figure.draw(f"toy-gpt2: {n_edges} edges do {f:.0%} of the task", edges, graph))
 
 # %% [markdown]
+# On each edge of the picture stands the position at which it matters most, or two if they are nearly equal.
+#
 # The picture is a guess about the mechanism, and a good one must survive experiments. Here are some: where each head
 # looks, what it does when it is patched, and what the circuit is worth without one of its edges.
 
 # %%
-heads = relp.activation_patching(gpt2, *gpt2_many, nodes=["head"])["head"].mean(0)  # [layer, position, head]
-mlps = relp.activation_patching(gpt2, *gpt2_many, nodes=["mlp_out"])["mlp_out"].mean(0)
-_, patterns = relp.record(gpt2, gpt2_many[0], ["pattern"])
+effects = resume.activation_patching(gpt2, *gpt2_many, nodes=["head", "mlp_out"])
+heads, mlps = effects["head"].mean(0), effects["mlp_out"].mean(0)  # [layer, position, head], [layer, position]
+_, patterns = relp.record(gpt2, gpt2_many[0], ["head_pattern"])
 GAVE = roles.index("gave")
 
 
 def looks(layer, head, position):
     """Where a head looks from a position: the role there, and how much of its attention."""
-    pattern = patterns["pattern", layer][:, position, head].mean(0)
+    pattern = patterns["head_pattern", layer][:, position, head].mean(0)
     return roles[int(pattern.argmax())], float(pattern.max())
 
 
@@ -775,7 +792,7 @@ def f_without(edge):
     writer, reader = edge.split("->")
     cut = circuit.clone()
     cut[graph.writers.index(writer), graph.readers.index(reader)] = False
-    return judge.f(cut)
+    return float(judge.f(cut))
 
 
 score_of = {edge["edge"]: edge["score"] for edge in edges}
@@ -810,7 +827,7 @@ check(
     edge_7,
     lambda edge: edge in score_of and f_without(edge) < 0.1,
     "Without this edge, almost nothing of what m0 has made at 'gave' reaches the last word.",
-    "Try f_without(edge) for the strongest edges of the list.",
+    "The answer is one of the names in `edges`. Try f_without(edge) for the strongest ones.",
 )
 
 # %% [markdown] tags=["solution"]
@@ -836,7 +853,7 @@ GPT2 = False
 if GPT2:
     real, real_pairs = models.from_pretrained("gpt2"), twenty_pairs(load_tokenizer("gpt2"))
     real_many = tensors(real_pairs, "cpu")
-    maps = {"AP": relp.activation_patching(real, *real_many, nodes=kinds)}
+    maps = {"AP": resume.activation_patching(real, *real_many, nodes=kinds)}
     for name, rules in (("AtP", False), ("RelP", True)):
         maps[name] = relp.attribute(real, *real_many, nodes=kinds, lrp=rules)
         means = {node: (maps[name][node].mean(0), maps["AP"][node].mean(0)) for node in kinds}

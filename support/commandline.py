@@ -1,157 +1,240 @@
-"""A command line from dataclasses: a field is an option, with its default, its help, and how its text is read."""
+"""What the project's commands share: their options, and how they end.
+
+A command is written like this:
+
+    def main(argv=None):
+        parser = common_parser("python -m beyond.grid", "Every set of rules ...", without=["methods"])
+        parser.add_argument("--top", type=whole, default=10, metavar="K", help="how many are printed [10]")
+        o = parse(parser, argv)
+        for name in o.model:
+            model, pairs = load(name, o)
+            metric = relp.METRICS[o.metric]
+            folder = folder_of(o.out, name, "ioi", o.prompts)       # of support.results
+            ...
+
+    if __name__ == "__main__":
+        sys.exit(run(main))
+
+common_parser(prog, description, without)   the common options, without those that have no meaning for this command
+parse(parser, argv)                         the options: models one by one, the device joined with other processes
+load(name, o)                               the model, and the prompt pairs that the options ask for
+run(main)                                   the exit code: 0; 2 and one line for what the user can mend; 130 for Ctrl-C
+
+What the user can mend is raised as a ValueError of one line, anywhere. Every other exception is a bug of ours and ends
+in Python's own traceback, with exit code 1. An option's default is text as in the command line, or already a value.
+"""
 
 import argparse
 import math
+import os
+import sys
+import warnings
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection
-from copy import copy
-from dataclasses import Field, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from models import first_line
+import models
+import relp
+import support.experts  # noqa: F401
+import tasks
+from support import processes, prompts, results
+from support.processes import say
+from support.scoring import OUT_OF_MEMORY, out_of_memory
+from support.tokenizer import NoTokenizer, load_tokenizer
+
+TOYS = ["toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2"]
+GROUPS = {  # one name for several models
+    "toys": TOYS,
+    "paper": [
+        *("gpt2", "gpt2-medium", "gpt2-large", "pythia-70m"),
+        *("pythia-410m", "qwen2-0.5b", "qwen2-7b", "gemma2-2b"),
+    ],
+}
+NODES = "resid_pre,attn_out,mlp_out"  # residual stream, attention outputs and MLP outputs of Table 5
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # one line, like every other error here
+    def error(self, message: str) -> None:  # argparse itself would print the usage as well, and exit
         raise ValueError(message)
 
 
-def option(default: object, takes: str | None, text: str, read: Callable | None = None, shown: str = "") -> object:
-    """A field of a dataclass of options.
+def common_parser(prog: str, description: str, without: Collection[str] = ()) -> Parser:
+    """A parser of the common options, but for those named in `without`, such as "batch-size"."""
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
 
-    takes  what stands for its value in the help; None: it is a switch
-    read   makes a value of the text; ValueError if that cannot be
-    shown  the default as the help shows it, if not as it is
-    """
-    metadata = {"takes": takes, "text": text, "read": read, "shown": shown or show(default)}
-    return field(default_factory=lambda: copy(default), metadata=metadata)
+    def add(name: str, metavar: str | None = None, **how) -> None:
+        if name not in without:
+            parser.add_argument(f"--{name}", **({"metavar": metavar} if metavar else {}), **how)
+
+    groups = ", ".join(GROUPS)
+    add("model", "NAME", nargs="+", default=["toys"], help=f"short names, Hub repositories, folders, {groups} [toys]")
+    add("prompts", "FILE", type=text, help="prompt pairs of a JSON-lines file instead of the templates'")
+    add("pairs", "N", type=whole, default=100, help="prompt pairs; with --prompts at most that many [100]")
+    add("seed", "N", type=seed, default=0, help="of the choice of prompts, and of the resamples for intervals [0]")
+    add("metric", "NAME", choices=list(relp.METRICS), default="logit_diff", help=f"of {', '.join(relp.METRICS)}")
+    add("methods", "LIST", type=names, default="ap,atp,relp", help="such as ap,relp,ig,ln+ah [ap,atp,relp]")
+    add("rules", "RULES", default="paper", help="RelP's: paper, none, or such as ln,identity,half,ah,epsilon=0.01")
+    add("nodes", "LIST", type=names, default=NODES, help=f"such as head,neuron,z [{NODES}]")
+    add("corruption", "NAME", choices=tasks.CORRUPTIONS, default="swap", help="swap both names, or s2 only [swap]")
+    add("device", "DEVICE", type=device, default="auto", help="auto, cpu, cuda, cuda:1, ... [auto]")
+    add("dtype", "TYPE", choices=list(DTYPES), default="float32", help=f"of {', '.join(DTYPES)} [float32]")
+    add("batch-size", "N", type=batch_size, default="auto", help="prompts, or patched runs, at a time [auto]")
+    add("out", "DIR", default="results", help="where the results go [results]")
+    add("no-bos", action="store_true", help="put no BOS token before the prompts")
+    return parser
 
 
-def show(default: object) -> str:
-    if isinstance(default, list):
-        return ",".join(default)
-    return "" if default is None or default is False else str(default)
+def parse(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
+    """The options. Models are given one by one; the process has joined the others of torchrun."""
+    o = parser.parse_args(argv)
+    o.model = list(dict.fromkeys(name for given in o.model for name in GROUPS.get(given, [given])))
+    folders = {}
+    for name in o.model:
+        if (other := folders.setdefault(results.slug(name), name)) != name:
+            raise ValueError(f"{other} and {name} would write to one folder: give each an --out of its own")
+    results.check_writable(o.out)
+    o.device = processes.join(o.device)
+    return o
 
 
-def instead(options: type, name: str, default: object, shown: str = "") -> object:
-    """The option of this name that `options` has, with another default."""
-    metadata = {**options.__dataclass_fields__[name].metadata, "shown": shown or show(default)}
-    return field(default_factory=lambda: copy(default), metadata=metadata)
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers of an option's text
 
 
-def names(what: str, allowed: Collection[str], text: str) -> list[str]:
-    given = list(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in given if name not in allowed]:
-        raise ValueError(f"unknown {what} {unknown[0]!r}: choose from {', '.join(allowed)}")
+def text(given: str) -> str:
+    if not given:
+        raise ArgumentTypeError("must not be empty")
     return given
 
 
-def one_name(what: str, allowed: Collection[str], text: str) -> str:
-    if text not in allowed:
-        raise ValueError(f"unknown {what} {text!r}: choose from {', '.join(allowed)}")
-    return text
+def names(given: str) -> list[str]:
+    """Names separated by commas, each once."""
+    return list(dict.fromkeys(text(given).split(",")))
 
 
-def by_family(names: Collection[str]) -> str:
-    """Short names of models, grouped by what comes before the first "-": that is given once."""
-    groups = {}
-    for name in names:
-        family, dash, size = name.partition("-")
-        groups.setdefault(family, []).append(dash + size)
-    return "; ".join(family + " ".join(sizes) for family, sizes in groups.items())
-
-
-def read_int(text: str) -> int:
+def number(given: str, low: int, high: int) -> int:
     try:
-        return int(text)
+        value = int(given)
     except ValueError:
-        raise ValueError(f"a whole number is needed, got {text!r}") from None
+        raise ArgumentTypeError(f"a whole number is needed, got {given!r}") from None
+    if not low <= value <= high:
+        raise ArgumentTypeError(f"must be from {low} to {high}, got {given}")
+    return value
 
 
-def whole(text: str) -> int:
-    number = read_int(text)
-    if number < 1:
-        raise ValueError(f"must be at least 1, got {number}")
-    if number >= 2**31:
-        raise ValueError(f"must be at most {2**31 - 1}, got {number}")
-    return number
+def whole(given: str) -> int:
+    return number(given, 1, 2**31 - 1)
 
 
-def read_seed(text: str) -> int:
-    number = read_int(text)
-    if not -(2**63) <= number < 2**64:  # what torch's generators take
-        raise ValueError(f"must be from -2^63 to 2^64 - 1, got {text}")
-    return number
+def seed(given: str) -> int:
+    return number(given, 0, 2**63 - 1)
 
 
-def read_batch_size(text: str) -> str:
-    return text if text == "auto" else str(whole(text))
+def batch_size(given: str) -> int | None:
+    """None for auto."""
+    return None if given == "auto" else whole(given)
 
 
-def read_verify(text: str) -> int | str:
-    """K as a number, or doubt:K as text."""
-    k = text.removeprefix("doubt:")
-    try:
-        int(k)
-    except ValueError:
-        raise ValueError(f"K or doubt:K is needed, K a whole number, got {text!r}") from None
-    return whole(k) if k == text else f"doubt:{whole(k)}"
-
-
-def not_empty(what: str, text: str) -> str:
-    if not text:
-        raise ValueError(f"{what} is needed, got {text!r}")
-    return text
-
-
-def read_thresholds(text: str) -> list[float]:
+def thresholds(given: str) -> list[float]:
     """LOW,HIGH,COUNT as thresholds spaced evenly in their logarithm, rising."""
     try:
-        low, high, count = text.split(",")
+        low, high, count = given.split(",")
         low, high, count = float(low), float(high), int(count)
-        if not (0 < low <= high < math.inf and 0 < count <= 1000):
-            raise ValueError
     except ValueError:
-        raise ValueError(f"must be LOW,HIGH,COUNT with 0 < LOW <= HIGH and COUNT up to 1000, got {text!r}") from None
-    return [float(t) for t in np.geomspace(low, high, count)]
+        low = 0
+    if not (0 < low <= high < math.inf and 0 < count <= 1000):
+        raise ArgumentTypeError(f"must be LOW,HIGH,COUNT with 0 < LOW <= HIGH and COUNT up to 1000, got {given!r}")
+    return np.geomspace(low, high, count).tolist()
 
 
-def usable_device(text: str) -> torch.device:
+def device(given: str) -> torch.device:
+    if given == "auto":
+        given = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text)
-        torch.zeros(1, device=device).item()  # the meta device can make a tensor, and cannot read it
+        found = torch.device(given)
+        torch.zeros(1, device=found).item()  # the meta device can make a tensor, and cannot read it
     except Exception as error:  # each kind of device fails in its own way
-        raise ValueError(f"device {text!r} cannot be used here: {first_line(error)}") from None
-    return device
+        raise ArgumentTypeError(f"{given!r} cannot be used here: {models.first_line(error)}") from None
+    return found
 
 
-def add_option(parser: Parser, name: str, of_task: dict[str, Field], n_tasks: int) -> None:
-    """of_task: the option in each of the tasks that have it, of n_tasks in all."""
-    first = next(iter(of_task.values())).metadata
-    text, shown = first["text"], {task: f.metadata["shown"] for task, f in of_task.items()}
-    if len(of_task) < n_tasks:
-        text = f"{', '.join(of_task)} only; {text}"
-    if len(set(shown.values())) > 1:
-        text += f" [{'; '.join(f'{task}: {value}' for task, value in shown.items())}]"
-    elif default := next(iter(shown.values())):
-        text += f" [{default}]"
-    kind = (
-        {"metavar": first["takes"], "type": readable(first["read"] or str)}
-        if first["takes"]
-        else {"action": "store_true"}
-    )
-    kind |= {"nargs": "+"} if name == "model" else {}
-    parser.add_argument(f"--{name.replace('_', '-')}", help=text, **kind)
+# ---------------------------------------------------------------------------------------------------------------------
+# What the options ask for
 
 
-def readable(read: Callable) -> Callable:
-    """A reader whose ValueError argparse shows as it is."""
+def load_model(name: str, o: argparse.Namespace) -> models.Transformer:
+    """The model. ValueError if it does not have the nodes that are asked for."""
+    shard = getattr(o, "shard", False)
+    try:
+        model = models.from_pretrained(name, DTYPES[o.dtype], "cpu" if shard else o.device)
+    except ValueError as error:
+        raise ValueError(f"{name:.80}: {error}") from None  # it may be one of several
+    if shard:
+        processes.shard_weights(model, o.device)
+    processes.choose_threads(model.config.d_model)
+    known = [node for node in [*model.nodes, *relp.PARTS_OF] if relp.node_of(node) in model.nodes]
+    for node in getattr(o, "nodes", None) or []:
+        if node not in known:
+            raise ValueError(f"{name} has no node {node!r}: choose from {', '.join(known)}")
+    return model
 
-    def reader(text: str) -> object:
-        try:
-            return read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
 
-    return reader
+def load(name: str, o: argparse.Namespace) -> tuple[models.Transformer, list[tasks.Pair]]:
+    """The model, and its IOI pairs or those of --prompts; says so."""
+    model = load_model(name, o)
+    pairs = prompt_pairs(name, model, o, o.pairs, o.prompts)
+    c, s = model.config, "s" * (len(pairs) > 1)
+    say(f"\n{name}: {c.n_layers} layers, {len(pairs)} prompt pair{s}, {o.dtype} on {o.device}")
+    return model, pairs
+
+
+def prompt_pairs(
+    name: str, model: models.Transformer, o: argparse.Namespace, n: int, file: str | None
+) -> list[tasks.Pair]:
+    """The first n pairs of a file, or n of the IOI templates. A file of token ids needs no tokenizer."""
+    try:
+        tokenizer = load_tokenizer(name)
+    except NoTokenizer:
+        if not file:
+            raise
+        tokenizer = None
+    if file:
+        return prompts.read_pairs(file, tokenizer, not o.no_bos, model.config.n_vocab)[:n]
+    return tasks.ioi(tokenizer, n, o.seed, o.corruption, not o.no_bos)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(main: Callable, argv: list[str] | None = None) -> int:
+    """main(argv) as a command: its exit code. What the user can mend is one line on stderr."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no word of the Hub's retries; a failure is our error
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:  # libraries warn of what ends in our own error, or in nothing
+        warnings.simplefilter("ignore")
+    for stream in (sys.stdout, sys.stderr):  # what the terminal has no letters for is written as \u....
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    processes.own = True
+    try:
+        main(argv)
+    except KeyboardInterrupt:
+        return complain("stopped; finished AP is kept under --out: the same command goes on from there", 130)
+    except Exception as error:
+        if out_of_memory(error):
+            return complain(OUT_OF_MEMORY)
+        if not isinstance(error, (ValueError, OSError)):
+            raise
+        return complain(models.first_line(error))
+    processes.leave()
+    return 0
+
+
+def complain(message: str, code: int = 2) -> int:
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    return code

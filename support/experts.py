@@ -3,9 +3,9 @@
     w = softmax(W_router x)        mlp_out = sum_e w_e mlp_e(x), over the n_chosen experts e with the largest w
 
 at each position by itself. The choice is constant: no gradient sees it, and no rule predicts what another choice would
-do. The weights have their gradient, unless RouterRules(router=True) makes them constant; toy/README.md compares both.
+do. The weights w have their plain gradient.
 
-If this file exists, models.py imports it, and this file imports families.py.
+When this file is imported, the tables of models.py know the family too.
 """
 
 from dataclasses import dataclass, replace
@@ -16,23 +16,20 @@ from torch import Tensor, nn
 
 from models import (
     BLOCKS,
+    COLUMNS,
     FAMILIES,
-    IN_MEMORY,
-    LLAMA_NAMES,
     MLP,
-    MOST,
+    NODES,
     TABLE_4,
+    TIDY,
+    Block,
     Config,
     Linear,
-    Nodes,
+    Pass,
     Rules,
-    SequentialBlock,
-    const,
-    is_size,
-    quote,
     upcast,
 )
-from support.families import NORMS_OF_QK, Qwen3Block, qwen3_config
+from support.families import QK_NORMS, NormedAttention, qwen3_config
 
 
 class Mixture(NamedTuple):
@@ -44,23 +41,15 @@ class Mixture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RouterRules(Rules):
-    """Table 1, and a row of ours for the router: sum_e [w_e]_const. mlp_e(x), as the AH-rule has the pattern.
-
-    Without it, and in all other Rules, the product w_e mlp_e(x) keeps its plain gradient.
-    """
-
-    router: bool = False
-
-    def route(self, weight: Tensor, y: Tensor) -> Tensor:
-        return const(weight, self.router) * y
+class MixtureConfig(Config):
+    mixture: Mixture | None = None  # None: no layer has experts
 
 
 class Expert(MLP):
     """An MLP without the node mlp_hidden, also in layers without experts: so all blocks have the same nodes."""
 
-    def forward(self, x: Tensor, rules: Rules, node: Nodes) -> Tensor:
-        return super().forward(x, rules, Nodes(None, 0))
+    def forward(self, x: Tensor, p: Pass) -> Tensor:
+        return super().forward(x, Pass(p.rules))
 
 
 class Experts(nn.Module):
@@ -71,18 +60,15 @@ class Experts(nn.Module):
         expert = replace(c, d_mlp=c.mixture.d_expert)
         self.experts = nn.ModuleList(Expert(expert) for _ in range(c.mixture.n_experts))
 
-    def forward(self, x: Tensor, rules: Rules, node: Nodes) -> Tensor:
-        if hasattr(rules, "two_runs"):
-            raise ValueError("two-point rules do not fit mixtures of experts: two runs may choose different experts")
-        weights, chosen = self.choose(self.router(x, rules))
-        weighted = getattr(rules, "route", torch.mul)
+    def forward(self, x: Tensor, p: Pass) -> Tensor:
+        weights, chosen = self.choose(self.router(x, p))
         y = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
             b, t, rank = (chosen == e).nonzero(as_tuple=True)  # where it is chosen, as the 1st, 2nd, ... one
             if len(b):
-                out = expert(x[None, b, t], rules, node)  # [1, positions, d_model]
+                out = expert(x[None, b, t], p)  # [1, positions, d_model]
                 weight = weights[None, b, t, rank, None].to(out.dtype)
-                y = y.index_put((b, t), weighted(weight, out)[0], accumulate=True)
+                y = y.index_put((b, t), (weight * out)[0], accumulate=True)
         return y
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,11 +77,10 @@ class Experts(nn.Module):
         return weights / weights.sum(-1, keepdim=True) if self.mixture.normed else weights, chosen
 
 
-class Qwen3MoeBlock(Qwen3Block):
-    nodes = tuple(n for n in SequentialBlock.nodes if n != "mlp_hidden")
-
+class Qwen3MoeBlock(Block):
     def __init__(self, c: Config, layer: int):
-        super().__init__(c, layer)
+        super().__init__(c, layer, NormedAttention)
+        self.nodes = tuple(name for name in NODES if name != "mlp_hidden")
         self.mlp = Experts(c) if c.mixture and layer in c.mixture.layers else Expert(c)
 
 
@@ -103,34 +88,26 @@ class Qwen3MoeBlock(Qwen3Block):
 # Configuration and names
 
 
-def qwen3_moe_config(hf: dict) -> dict:
+def qwen3_moe_config(hf: dict) -> Config:
     """Experts in every decoder_sparse_step-th layer, but for those of mlp_only_layers. A window is in every layer."""
-    fields = {name: hf[name] for name in ("num_experts_per_tok", "moe_intermediate_size")}
-    fields["num_experts"] = hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"]
-    fields["decoder_sparse_step"] = hf.get("decoder_sparse_step", 1)
-    for name, value in fields.items():
-        if not is_size(value):
-            raise ValueError(f"config.json gives {name} = {quote(value)}: a positive whole number is needed")
-    n_chosen, d_expert, n_experts, step = fields.values()
-    if n_chosen > n_experts:
-        raise ValueError(f"config.json has a router that chooses {n_chosen} of {n_experts} experts")
-    n_layers, without = hf["num_hidden_layers"], hf.get("mlp_only_layers") or []
-    if not isinstance(without, list) or not all(layer in range(n_layers) for layer in without):
-        raise ValueError(f"config.json gives mlp_only_layers = {quote(without)}: a list of layers is needed")
-    normed = hf.get("norm_topk_prob", False)
-    if not isinstance(normed, bool):
-        raise ValueError(f"config.json gives norm_topk_prob = {quote(normed)}: true or false is needed")
+    n_layers, step = hf["num_hidden_layers"], hf.pop("decoder_sparse_step", 1)
+    without = hf.pop("mlp_only_layers", None) or []
     layers = tuple(layer for layer in range(n_layers) if (layer + 1) % step == 0 and layer not in without)
-    if n_experts * len(layers) > MOST_EXPERTS:
-        raise ValueError(f"config.json has {n_experts} experts in {len(layers)} layers: above {MOST_EXPERTS}")
-    hf = {"head_dim": None, **hf, "layer_types": ["sliding_attention"] * n_layers}
-    mixture = Mixture(n_experts, n_chosen, d_expert, normed, layers) if layers else None
-    return {**qwen3_config(hf), "block": "qwen3_moe", "mixture": mixture}
+    n_experts = hf.pop("num_local_experts", None) or hf.pop("num_experts", 128)
+    mixture = Mixture(
+        n_experts, hf.pop("num_experts_per_tok", 8), hf.pop("moe_intermediate_size", 768),
+        hf.pop("norm_topk_prob", False), layers,
+    )  # fmt: skip
+    if not 1 <= mixture.n_chosen <= n_experts <= MOST_EXPERTS:
+        raise ValueError(f"config.json has a router that chooses {mixture.n_chosen} of {n_experts} experts")
+    for name in ("output_router_logits", "router_aux_loss_coef"):
+        hf.pop(name, None)  # of training
+    hf["max_window_layers"] = 0
+    config = qwen3_config(hf, "qwen3_moe", d_head=0, kv_heads=4)
+    return MixtureConfig(**vars(config), mixture=mixture if layers else None)
 
 
-# As in models.py: sizes that no model comes near
-MOST |= {"moe_intermediate_size": 10**6, "num_experts": 512, "num_local_experts": 512}
-MOST_EXPERTS = 50_000  # of all layers
+MOST_EXPERTS = 512  # that have names
 
 
 def unstacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -150,13 +127,12 @@ def unstacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-# The names of as many experts as may be: layout() leaves out those that a model does not have
-NAMES = {"model.layers.{}.mlp.gate": "blocks.{}.mlp.router"} | {
-    f"model.layers.{{}}.mlp.experts.{e}.{part}_proj": f"blocks.{{}}.mlp.experts.{e}.{part}"
-    for e in range(MOST["num_experts"])
+NAMES = {".mlp.gate": [".mlp.router"]} | {
+    f".mlp.experts.{e}.{part}_proj": [f".mlp.experts.{e}.{part}"]
+    for e in range(MOST_EXPERTS)
     for part in ("gate", "up", "down")
 }
 BLOCKS["qwen3_moe"] = Qwen3MoeBlock
-FAMILIES["qwen3_moe"] = qwen3_moe_config, LLAMA_NAMES | NORMS_OF_QK | NAMES
-IN_MEMORY["qwen3_moe"] = unstacked
+FAMILIES["qwen3_moe"] = qwen3_moe_config, COLUMNS["llama"] | QK_NORMS | NAMES
+TIDY["qwen3_moe"] = unstacked
 TABLE_4["qwen3_moe"] = Rules(ln=True, identity=True, half=True)

@@ -1,6 +1,6 @@
 """More families, made of the pieces of models.py: Qwen3, Gemma 3, Mistral, OLMo 2 and 3, Phi-3.
 
-If this file exists, models.py imports it, and its tables then know these families too. What is new in their data flow:
+When this file is imported, the tables of models.py know these families too. What is new in their data flow:
 
     Qwen3     q = rotate(norm of each head(W_q ln1(x)))    x + attn,         then x + mlp(ln2(x))
     Gemma 3   the same                                     x + post(attn),   then x + post(mlp(ln2(x)))
@@ -14,44 +14,41 @@ toy/README.md has the figures behind that.
 """
 
 import math
+import re
+from dataclasses import replace
+from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import (
-    AS_IT_IS,
     BLOCKS,
+    COLUMNS,
     FAMILIES,
-    GEMMA2_NAMES,
-    LLAMA_NAMES,
-    QKV,
     ROPES,
     SHORT_NAMES,
     TABLE_4,
+    TIDY,
     Attention,
+    Block,
     Config,
-    FixUp,
-    RMSNorm,
+    Norm,
+    Pass,
     Rotary,
     Rules,
-    SandwichBlock,
-    SequentialBlock,
     gemma2_config,
-    is_size,
-    layer_types,
-    llama_config,
-    quote,
-    qwen2_config,
+    llama_like,
+    rotary_of,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data flow
 
 
-class HeadNorm(RMSNorm):
+class HeadNorm(Norm):
     """The RMSNorm of each head of x [b, t, h * d_head] by itself; the heads share one weight [d_head]."""
 
-    def forward(self, x: Tensor, rules: Rules) -> Tensor:
-        return super().forward(x.unflatten(-1, (-1, len(self.weight))), rules).flatten(-2)
+    def forward(self, x: Tensor, p: Pass) -> Tensor:
+        return super().forward(x.unflatten(-1, (-1, len(self.weight))), p).flatten(-2)
 
 
 class NormedAttention(Attention):
@@ -59,178 +56,194 @@ class NormedAttention(Attention):
 
     def __init__(self, c: Config, layer: int):
         super().__init__(c, layer)
-        self.q_norm, self.k_norm = self.norm(c, c.n_heads), self.norm(c, c.n_kv_heads)
-
-    def norm(self, c: Config, n_heads: int) -> RMSNorm:
-        return HeadNorm(c, c.d_head)
-
-    def project(self, name: str, x: Tensor, rules: Rules) -> Tensor:
-        y = super().project(name, x, rules)
-        return y if name == "v" else getattr(self, f"{name}_norm")(y, rules)
+        self.q_norm, self.k_norm = HeadNorm(c, c.d_head), HeadNorm(c, c.d_head)
 
 
-class OlmoAttention(NormedAttention):
+class OlmoAttention(Attention):
     """All heads are normed as one vector."""
-
-    def norm(self, c: Config, n_heads: int) -> RMSNorm:
-        return RMSNorm(c, n_heads * c.d_head)
-
-
-class Qwen3Block(SequentialBlock):
-    attention = NormedAttention
-
-
-class Gemma3Block(SandwichBlock):
-    attention = NormedAttention
-
-
-class OlmoBlock(SandwichBlock):
-    """The stream is normed after attention and MLP, and not before."""
-
-    attention = OlmoAttention
 
     def __init__(self, c: Config, layer: int):
         super().__init__(c, layer)
-        self.ln1 = self.ln2 = NoNorm()
+        self.q_norm, self.k_norm = Norm(c, c.n_heads * c.d_head), Norm(c, c.n_kv_heads * c.d_head)
 
 
-class NoNorm(nn.Module):
-    def forward(self, x: Tensor, rules: Rules) -> Tensor:
-        return x
+class OlmoBlock(Block):
+    """The stream is normed after attention and MLP, and not before."""
+
+    def __init__(self, c: Config, layer: int):
+        super().__init__(c, layer, OlmoAttention)
+        self.ln1 = self.ln2 = None
 
 
-BLOCKS |= {"qwen3": Qwen3Block, "gemma3": Gemma3Block, "olmo": OlmoBlock}
+NORMED = partial(Block, attention=NormedAttention)
+BLOCKS |= {"qwen3": NORMED, "gemma3_text": NORMED, "olmo2": OlmoBlock, "olmo3": OlmoBlock}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How rotation is stretched to long contexts
+# How rotation is stretched to long contexts: functions of the frequencies, their base theta, the fields of
+# rope_parameters, from which each takes out what it reads, and those of config.json.
 
 
-def yarn(freqs: list[float], rope: dict) -> Rotary:
+def linear(freqs: list[float], theta: float, rope: dict, hf: dict) -> Rotary:
+    factor = rope.pop("factor")
+    return Rotary(tuple(f / factor for f in freqs))
+
+
+def llama3(freqs: list[float], theta: float, rope: dict, hf: dict) -> Rotary:
+    """Low frequencies are slowed by `factor`, high ones kept, those between blended."""
+    low, high, factor = rope.pop("low_freq_factor"), rope.pop("high_freq_factor"), rope.pop("factor")
+    context = original_context(rope, hf)
+    keep = [min(max((context * f / (2 * math.pi) - low) / (high - low), 0.0), 1.0) for f in freqs]
+    return Rotary(tuple(k * f + (1 - k) * f / factor for f, k in zip(freqs, keep)))
+
+
+def yarn(freqs: list[float], theta: float, rope: dict, hf: dict) -> Rotary:
     """Frequencies that turn less than beta_slow times in the original context are slowed by `factor`; those that turn
     more than beta_fast times are kept; between, blended. Queries and keys grow by a scale. (arXiv 2309.00071)
     """
-    n, context, factor = len(freqs), original_context(rope), rope["factor"]
-    theta = rope.get("rope_theta") or 10000.0
+    n, context, factor = len(freqs), original_context(rope, hf), rope.pop("factor")
 
     def index(turns: float) -> float:
         """Where among the frequencies the one is, or would be, that makes so many turns in the original context."""
         return n * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
 
-    first, last = index(rope.get("beta_fast") or 32), index(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
+    first, last = index(rope.pop("beta_fast", None) or 32), index(rope.pop("beta_slow", None) or 1)
+    if rope.pop("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * n - 1)
     slowed = [min(max((i - first) / (last - first or 0.001), 0.0), 1.0) for i in range(n)]
-    scale = rope.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        raise ValueError("rope_type yarn with mscale_all_dim is not supported")
+    scale = rope.pop("attention_factor", None) or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
     return Rotary(tuple((1 - s) * f + s * f / factor for f, s in zip(freqs, slowed)), float(scale))
 
 
-def longrope(freqs: list[float], rope: dict) -> Rotary:
+def longrope(freqs: list[float], theta: float, rope: dict, hf: dict) -> Rotary:
     """Phi-3's frequencies for prompts up to the original context, each divided by a factor of its own.
 
     Longer prompts would take others for all positions; phi3_config() leaves them out. (arXiv 2402.13753)
     """
-    factors, context = rope["short_factor"], original_context(rope)
+    factors, context = rope.pop("short_factor"), original_context(rope, hf)
+    rope.pop("long_factor", None)
     if len(factors) != len(freqs):
         raise ValueError(f"short_factor in config.json has {len(factors)} numbers for {len(freqs)} frequencies")
-    stretch = rope.get("factor") or rope["max_position_embeddings"] / context
-    scale = rope.get("attention_factor") or math.sqrt(1 + max(0.0, math.log(stretch)) / math.log(context))
+    stretch = rope.pop("factor", None) or hf["max_position_embeddings"] / context
+    scale = rope.pop("attention_factor", None) or math.sqrt(1 + max(0.0, math.log(stretch)) / math.log(context))
     return Rotary(tuple(f / factor for f, factor in zip(freqs, factors)), float(scale))
 
 
-def original_context(rope: dict) -> int:
-    """How many positions the model was first trained with."""
-    context = rope.get("original_max_position_embeddings") or rope["max_position_embeddings"]
-    if not is_size(context) or context < 2:
-        raise ValueError(f"config.json gives original_max_position_embeddings = {quote(context)}")
+def original_context(rope: dict, hf: dict) -> int:
+    """How many positions the model was first trained with. What stands outside of the rope's fields wins."""
+    inner = rope.pop("original_max_position_embeddings", None)
+    context = hf.get("original_max_position_embeddings") or inner or hf["max_position_embeddings"]
+    if context < 2:
+        raise ValueError(f"config.json gives original_max_position_embeddings = {context}")
     return context
 
 
-ROPES |= {"yarn": yarn, "longrope": longrope, "su": longrope}
+ROPES |= {"linear": linear, "llama3": llama3, "yarn": yarn, "longrope": longrope, "su": longrope}
 
 
-def ropes_by_type(hf: dict, local_theta: float) -> dict:
-    """rope_parameters as transformers 5 writes them for two types of layers; 4 stretches the full layers only."""
-    given = hf.get("rope_parameters") or {}
-    if given and "full_attention" not in given:
-        raise ValueError("rope_parameters in config.json must have full_attention and sliding_attention")
-    full = {"rope_theta": hf["rope_theta"], **(hf.get("rope_scaling") or {}), **given.get("full_attention", {})}
-    local = {"rope_theta": local_theta, **given.get("sliding_attention", {})}
-    return {"full_attention": full, "sliding_attention": local}
+def ropes_by_type(hf: dict) -> dict:
+    """What config.json says of each type of layer. transformers 4 stretches those without a window only."""
+    given, scaling = hf.pop("rope_parameters", None) or {}, hf.pop("rope_scaling", None)
+    flat = {} if given.keys() & {"full_attention", "sliding_attention"} else given
+    full = {**flat, **(given.get("full_attention") or {}), **(scaling or {})}
+    return {"full": full, "sliding": {} if flat else given.get("sliding_attention") or {}}
+
+
+def rotated_by_type(c: Config, hf: dict, ropes: dict, theta: float, local_theta: float) -> Config:
+    full, sliding = (
+        {"rope_parameters": rope, "max_position_embeddings": hf.get("max_position_embeddings", 2048)}
+        for rope in (ropes["full"], ropes["sliding"])
+    )
+    full, sliding = rotary_of(full, c.d_head, theta, 1.0), rotary_of(sliding, c.d_head, local_theta, 1.0)
+    return replace(c, rotary=tuple(full if window is None else sliding for window in c.windows))
+
+
+def text_of(hf: dict) -> dict:
+    """The configuration of the text part of a model that also sees; nothing else of it is read."""
+    text = dict(hf["text_config"])
+    hf.clear()
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configurations and names. Defaults are those of transformers.
 
 
-def qwen3_config(hf: dict) -> dict:
-    bias = hf.get("attention_bias", False)
-    return {**qwen2_config({"head_dim": 128, **hf}), "block": "qwen3", "qkv_bias": bias, "out_bias": bias}
+def qwen3_config(hf: dict, family: str = "qwen3", d_head: int = 128, kv_heads: int = 32) -> Config:
+    bias, first = hf.pop("attention_bias", False), hf.pop("max_window_layers", 28)
+    window, slides = hf.pop("sliding_window", 4096), hf.pop("use_sliding_window", False)
+    return llama_like(
+        hf, family, n_ctx=32768, d_head=d_head, kv_heads=kv_heads, window=window if slides else None,
+        full=lambda layer: layer < first, qkv_bias=bias, out_bias=bias,
+    )  # fmt: skip
 
 
-def mistral_config(hf: dict) -> dict:
+def mistral_config(hf: dict) -> Config:
     """Llama with a window in every layer."""
-    hf = {"sliding_window": 4096, "num_key_value_heads": 8, **hf, "attention_bias": False, "mlp_bias": False}
-    return llama_config(hf, ["sliding_attention"] * hf["num_hidden_layers"])
+    return llama_like(hf, "mistral", kv_heads=8, window=hf.pop("sliding_window", 4096), full=lambda layer: False)
 
 
-def phi3_config(hf: dict) -> dict:
-    hf = {"rms_norm_eps": 1e-5, "sliding_window": None, "num_key_value_heads": None, **hf}
-    return {**mistral_config(hf), "n_ctx": hf.get("original_max_position_embeddings", 4096)}
+def phi3_config(hf: dict) -> Config:
+    n_ctx = hf.get("original_max_position_embeddings", 4096)
+    config = llama_like(
+        hf, "phi3", window=hf.pop("sliding_window", None), full=lambda layer: False,
+        fraction=hf.pop("partial_rotary_factor", 1.0), eps=hf.pop("rms_norm_eps", 1e-5),
+    )  # fmt: skip
+    hf.pop("original_max_position_embeddings", None)
+    return replace(config, n_ctx=n_ctx)
 
 
-def gemma3_config(hf: dict) -> dict:
-    hf = {**GEMMA3_DEFAULTS, **hf}
-    if hf.get("use_bidirectional_attention"):
-        raise ValueError("gemma3_text with use_bidirectional_attention is not supported: attention must be causal")
-    every = hf.get("sliding_window_pattern", 6)
-    types = layer_types(hf, lambda layer: (layer + 1) % every == 0)
-    ropes = ropes_by_type(hf, hf["rope_local_base_freq"])
-    return {**gemma2_config({**hf, "layer_types": types, "rope_parameters": ropes}), "block": "gemma3"}
+def gemma3_config(hf: dict) -> Config:
+    hf |= {**GEMMA3_DEFAULTS, **hf}
+    whole = dict(hf)
+    every = hf.pop("sliding_window_pattern", hf.pop("_sliding_window_pattern", 6))
+    bidirectional = hf.pop("use_bidirectional_attention", None)
+    if bidirectional or hf.pop("attn_logit_softcapping", None):
+        raise ValueError("gemma3_text with use_bidirectional_attention or attn_logit_softcapping is not supported")
+    hf["layer_types"] = hf.get("layer_types") or [
+        "sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(hf["num_hidden_layers"])
+    ]
+    thetas = hf.pop("rope_theta", 1e6), hf.pop("rope_local_base_freq", 1e4)
+    ropes = ropes_by_type(hf)
+    hf |= {"attn_logit_softcapping": None, "final_logit_softcapping": hf.get("final_logit_softcapping")}
+    config = replace(gemma2_config(hf), family="gemma3_text")
+    return rotated_by_type(config, whole, ropes, *thetas)
 
 
 # Published configurations leave out what has its default
 GEMMA3_DEFAULTS = dict(
     vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
-    num_key_value_heads=4, max_position_embeddings=131072, rope_theta=1e6, rope_local_base_freq=1e4,
-    attn_logit_softcapping=None, final_logit_softcapping=None,
+    max_position_embeddings=131072,
 )  # fmt: skip
 
 
-def olmo2_config(hf: dict, types: list[str] | None = None) -> dict:
-    return {**llama_config({"rms_norm_eps": 1e-5, **hf}, types), "block": "olmo", "mlp_bias": False}
+def olmo2_config(hf: dict, family: str = "olmo2", **windows) -> Config:
+    bias, eps = hf.pop("attention_bias", False), hf.pop("rms_norm_eps", 1e-5)
+    return llama_like(hf, family, eps=eps, qkv_bias=bias, out_bias=bias, post_norm=True, **windows)
 
 
-def olmo3_config(hf: dict) -> dict:
-    hf = {"sliding_window": 4096, "rope_theta": 5e5, **hf}
-    types = layer_types(hf, lambda layer: layer % 4 == 3)
-    return olmo2_config({**hf, "rope_parameters": ropes_by_type(hf, hf["rope_theta"])}, types)
+def olmo3_config(hf: dict) -> Config:
+    whole = dict(hf)
+    theta, ropes, window = hf.pop("rope_theta", 5e5), ropes_by_type(hf), hf.pop("sliding_window", 4096)
+    config = olmo2_config(hf, "olmo3", window=window, full=lambda layer: layer % 4 == 3)
+    return rotated_by_type(config, whole, ropes, theta, theta)
 
 
-def load_stacked(x: Tensor, n: int, c: Config) -> tuple[Tensor, ...]:
-    return x.split([heads * c.d_head for heads in (c.n_heads, c.n_kv_heads, c.n_kv_heads)])
-
-
-NORMS_OF_QK = {
-    "model.layers.{}.self_attn.q_norm": "blocks.{}.attn.q_norm",
-    "model.layers.{}.self_attn.k_norm": "blocks.{}.attn.k_norm",
+QK_NORMS = {".self_attn.q_norm": [".attn.q_norm"], ".self_attn.k_norm": [".attn.k_norm"]}
+FUSED = {".self_attn.qkv_proj": [".attn.q", ".attn.k", ".attn.v"], ".mlp.gate_up_proj": [".mlp.gate", ".mlp.up"]}
+LLAMA, GEMMA = COLUMNS["llama"], COLUMNS["gemma2"]
+FAMILIES |= {
+    "qwen3": (qwen3_config, LLAMA | QK_NORMS),
+    "gemma3_text": (gemma3_config, GEMMA | QK_NORMS),
+    "gemma3": (lambda hf: Config.from_hf({"model_type": "gemma3_text"} | text_of(hf)), {}),  # it also sees
+    "mistral": (mistral_config, LLAMA),
+    "olmo2": (olmo2_config, GEMMA | QK_NORMS),
+    "olmo3": (olmo3_config, GEMMA | QK_NORMS),
+    "phi3": (phi3_config, LLAMA | FUSED),
 }
-FUSED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-PHI3_NAMES = {theirs: ours for theirs, ours in LLAMA_NAMES.items() if not theirs.endswith(FUSED)} | {
-    "model.layers.{}.self_attn.qkv_proj": (*QKV, FixUp(load_stacked, AS_IT_IS.save)),
-    "model.layers.{}.mlp.gate_up_proj": ("blocks.{}.mlp.gate", "blocks.{}.mlp.up", AS_IT_IS),
-}  # fmt: skip
-FAMILIES |= {  # OLMo has fewer norms than Gemma: lines for modules that a model does not have stand for nothing
-    "qwen3": (qwen3_config, LLAMA_NAMES | NORMS_OF_QK),
-    "gemma3_text": (gemma3_config, GEMMA2_NAMES | NORMS_OF_QK),
-    "mistral": (mistral_config, LLAMA_NAMES),
-    "olmo2": (olmo2_config, GEMMA2_NAMES | NORMS_OF_QK),
-    "olmo3": (olmo3_config, GEMMA2_NAMES | NORMS_OF_QK),
-    "phi3": (phi3_config, PHI3_NAMES),
-}
+VISION = re.compile(r"(^|\.)(vision_tower|multi_modal_projector)\.")  # of a Gemma 3 that also sees
+TIDY["gemma3_text"] = lambda tensors: {name: x for name, x in tensors.items() if not VISION.search(name)}
 TABLE_4 |= dict.fromkeys(
     ("qwen3", "gemma3_text", "mistral", "olmo2", "olmo3", "phi3"), Rules(ln=True, identity=True, half=True)
 )

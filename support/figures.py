@@ -1,16 +1,21 @@
-"""The paper's Figure 2 (heat maps of one model) and Figure 1 (correlations of several). Functions return a Figure."""
+"""Figures 1, 2 and 3 of the paper, and a picture of each circuit. Every function returns a matplotlib Figure.
+
+Sizes and places are in inches. Nothing is laid out by matplotlib itself: its layout engines take most of the time.
+"""
 
 import textwrap
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 
 import relp
-from support.doubt import DOUBT_NEEDS, doubts
-from support.methods import Method
+from support.circuits import MEASURES, VARIANTS, Structure, at_sizes, curve, resamples_of_prompts
 from support.positions import laid_over, legend, overlay
+from support.statistics import agreement
+from support.tables import check_labels, cut, short
 from tasks import Pair
 
 COLORS = {
@@ -21,146 +26,259 @@ COLORS = {
     "twopoint": "#2a9d5c",
     "ig": "#e08a1e",
 }
-DOUBT = "Purples"  # from white
+CELL = 0.19  # the width and the height of a cell in a heat map
+ORDER = ["resid_pre", "z", "attn_out", "resid_mid", "mlp_out", "resid_post"]  # of nodes within a layer, upward
+PER_CELL = 8  # units of one node and position; of more, the strongest are drawn
 
 
-def heatmaps(
-    title: str, scores: dict, methods: list[Method], nodes: list[str], pairs: list[Pair], metric: str
-) -> Figure:
-    """Mean scores over layer and position: a row per method, AP first; a column per node kind. Last the row of doubt.
+def lines(text: str, width: float) -> str:
+    """Text in lines that fit a width."""
+    return textwrap.fill(text, int(13 * width))
 
-    scores: {(method, node): [n, layers, positions, ...]}. Heads are shown by layer and head, the sum over positions;
-    neurons by layer and position, the sum over neurons.
+
+def place(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
+    """New axes with their lower left corner at x, y."""
+    w, h = figure.get_size_inches()
+    return figure.add_axes((x / w, y / h, width / w, height / h))
+
+
+def headline(figure: Figure, text: str) -> None:
+    figure.suptitle(text, fontsize=10, y=1 - 0.1 / figure.get_figheight(), va="top")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nodes
+
+
+class Column(NamedTuple):
+    """Heat maps of one kind of node, one above the other."""
+
+    titles: list[str]
+    maps: list[np.ndarray]  # [layers, ticks]
+    largest: float  # the colours are those of scores from -largest (blue) to largest (red)
+    ticks: list[str]
+    what: str = ""  # they are
+
+
+def heatmaps(name: str, scores: dict, methods: list, nodes: list[str], pairs: list[Pair], metric: str) -> Figure:
+    """Figure 2: mean scores over layer and position; a row for each method, AP first, a column for each kind of node.
+
+    scores: {(method, node): [n, layers, positions, ...]}. methods: scoring.Methods. Heads are shown by layer and head,
+    the sum over positions; neurons by layer and position, the sum over neurons. AP sets a column's colours.
     """
     labels, at = overlay(pairs)
-    kinds, n_layers = {}, next(iter(scores.values())).shape[1]
+    columns = []
     for node in nodes:
-        maps = [laid_over(scores[method.name, node], at) for method in methods]
-        ticks, what = labels, "position"
+        maps, ticks, what = [laid_over(scores[method.name, node], at) for method in methods], labels, "position"
         if node.startswith("head"):
             maps = [values.sum(1) for values in maps]
-            ticks, what = range(maps[0].shape[1]), "head, all positions"
+            ticks, what = [str(i) for i in range(maps[0].shape[1])], "head, all positions"
         elif node in relp.PARTS_OF:
             maps, what = [values.sum(-1) for values in maps], "position, all neurons"
-        kinds[node] = maps, ticks, what
-    widths = [1.2 + 0.22 * len(ticks) for _, ticks, _ in kinds.values()]
-    label_of = {method.name: method.label for method in methods}
-    has_doubt = set(DOUBT_NEEDS) <= label_of.keys()
-    n_rows = len(methods) + has_doubt
-    figure = Figure(figsize=(1.2 + sum(widths), 1.4 + n_rows * (0.7 + 0.16 * n_layers)), layout="constrained")
-    axes = figure.subplots(n_rows, len(kinds), squeeze=False, sharex="col", sharey=True, width_ratios=widths)
-    for column, (node, (maps, ticks, what)) in zip(axes.T, kinds.items()):
-        scale = maps[:1] if methods[0].name == "ap" else maps  # AP sets the scale: what exceeds it is wrong
-        largest = np.abs(scale).max() or 1.0
-        for ax, method, values in zip(column, methods, maps):
-            image = draw_map(ax, values, largest, f"{method.label}, {node}")
-        figure.colorbar(image, ax=column[: len(methods)], extend="both", shrink=0.8)
-        if has_doubt:
-            doubt = doubts({(method.name, node): values for method, values in zip(methods, maps)})[node]
-            one, other = (label_of[name] for name in DOUBT_NEEDS)
-            image = draw_map(column[-1], doubt, doubt.max() or 1.0, f"doubt: |{one} - {other}|, {node}", DOUBT)
-            figure.colorbar(image, ax=column[-1])
-        for ax in column:
-            ax.set_xticks(range(len(ticks)), ticks, rotation=90 if ticks is labels else 0, fontsize=7)
-        column[-1].set_xlabel(what)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("layer")
+        largest = np.abs(maps[:1] if methods[0].name == "ap" else maps).max()
+        ends = [f", {node}{pcc(scores, method.name, node, pairs)}" for method in methods]
+        room = int(16 * width_of(ticks))  # letters
+        titles = [cut(method.label, max(9, room - len(end))) + end for method, end in zip(methods, ends)]
+        columns.append(Column(titles, maps, largest, ticks, what))
     shown = int((at >= 0).any(1).sum())
-    title += f": change of {metric} when a node is patched, mean over {shown} of {len(pairs)} prompt pairs"
-    # A figure of one kind of node is narrow. matplotlib's own wrapping would read a $ in a model's name as mathematics.
-    figure.suptitle(textwrap.fill(title, int(14 * figure.get_figwidth())), fontsize=10)
-    if legend(labels) and any(ticks is labels for _, ticks, _ in kinds.values()):
-        figure.supxlabel(legend(labels), fontsize=7, x=0.01, ha="left", wrap=True)
-    return figure
+    title = f"{name}: change of {metric} when a node is patched, mean over {shown} of {len(pairs)} prompt pairs"
+    meanings = legend(labels) if any(column.ticks is labels for column in columns) else ""
+    return draw_maps(title, columns, meanings)
+
+
+def pcc(scores: dict, method: str, node: str, pairs: list[Pair]) -> str:
+    """ ": PCC .932", the number in the table; "" without AP, and for AP itself."""
+    if method == "ap" or ("ap", node) not in scores:
+        return ""
+    both = (torch.as_tensor(scores[name, node]) for name in (method, "ap"))
+    return f": PCC {short(float(agreement(*both, [p.group for p in pairs])['averaged'])).strip()}"
 
 
 def heatmap(scores: dict, labels: list[str], title: str = "") -> Figure:
-    """A map per node of scores {node: [batch, layer, pos]}, of prompts of one length, as relp's functions return them.
+    """A map for each node of scores {node: [batch, layer, pos]}, of prompts of one length, as relp's functions return.
 
     Shown is the mean over the prompts; of heads, neurons and the like, the sum over them. All maps have one scale.
     labels: of the positions, such as the roles of a tasks.Pair.
     """
     if not scores:
         raise ValueError("there are no scores to draw")
+    check_labels(scores, labels)
     maps = {node: x.detach().cpu().double().mean(0).numpy() for node, x in scores.items()}
     maps = {node: values.sum(-1) if node in relp.PARTS_OF else values for node, values in maps.items()}
-    if wrong := [node for node, values in maps.items() if values.ndim != 2 or values.shape[1] != len(labels)]:
-        shape = list(scores[wrong[0]].shape)
-        raise ValueError(f"scores of {wrong[0]} must be [batch, layer, {len(labels)} labelled positions], got {shape}")
-    largest = max(np.abs(values).max() for values in maps.values()) or 1.0
-    n_layers = max(len(values) for values in maps.values())
-    size = 1.5 + len(maps) * (1.2 + 0.24 * len(labels)), 1.6 + 0.2 * n_layers
-    figure = Figure(figsize=size, layout="constrained")
-    for ax, (node, values) in zip(figure.subplots(1, len(maps), squeeze=False, sharey=True)[0], maps.items()):
-        image = draw_map(ax, values, largest, node)
-        ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
-    figure.axes[0].set_ylabel("layer")
-    figure.colorbar(image, ax=figure.axes, shrink=0.8)
-    figure.suptitle(title, fontsize=10)
+    largest = max(np.abs(values).max() for values in maps.values())
+    return draw_maps(title, [Column([node], [values], largest, labels) for node, values in maps.items()])
+
+
+def width_of(ticks: list[str]) -> float:
+    return max(1.9, CELL * len(ticks))
+
+
+def draw_maps(title: str, columns: list[Column], meanings: str = "") -> Figure:
+    """Columns of heat maps, all of one height. Neighbours of one scale share a colour bar."""
+    n, height = len(columns[0].maps), max(0.5, CELL * len(columns[0].maps[0]))
+    step, bottom = height + 0.28, 1.1 if meanings else 0.85
+    shared = [column.largest == following.largest for column, following in zip(columns, columns[1:])] + [False]
+    gaps = [0.2 if with_next else 0.85 for with_next in shared]
+    total = 0.6 + sum(width_of(column.ticks) for column in columns) + sum(gaps)
+    title = lines(title, total)
+    figure = Figure(figsize=(total, bottom + step * n + 0.3 + 0.17 * title.count("\n")))
+    headline(figure, title)
+    x = 0.6
+    for column, with_next, gap in zip(columns, shared, gaps):
+        width, largest = width_of(column.ticks), column.largest or 1.0
+        for row, (name, values) in enumerate(zip(column.titles, column.maps)):
+            ax = place(figure, x, bottom + step * (n - 1 - row), width, height)
+            image = ax.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", origin="lower")
+            ax.set_title(name, fontsize=8, pad=3, y=1)  # with y, matplotlib need not look for a free place
+            ax.tick_params(labelsize=7)
+            ax.set_xticks([])
+            if column is columns[0]:
+                ax.yaxis.get_major_locator().set_params(integer=True, nbins=5)
+                ax.set_ylabel("layer", fontsize=8)
+            else:
+                ax.set_yticks([])
+        ax.set_xticks(range(len(column.ticks)), column.ticks, rotation=90)  # of the lowest
+        ax.set_xlabel(column.what, fontsize=8)
+        if not with_next:
+            bar = place(figure, x + width + 0.08, bottom, 0.1, step * n - 0.28)
+            extend = "both" if np.abs(column.maps).max() > largest else "neither"
+            figure.colorbar(image, cax=bar, extend=extend).ax.tick_params(labelsize=7)
+        x += width + gap
+    figure.supxlabel(lines(meanings, 1.3 * total), fontsize=7, x=0.01, ha="left")
     return figure
 
 
-def draw_map(ax: Axes, values: np.ndarray, largest: float, title: str, cmap: str = "RdBu_r") -> AxesImage:
-    """Scores [layers, positions] from -largest (blue) to largest (red). In DOUBT's colours, doubt from 0 to largest."""
-    least = 0 if cmap == DOUBT else -largest
-    image = ax.imshow(values, cmap=cmap, vmin=least, vmax=largest, aspect="auto", origin="lower")
-    ax.set_title(title, fontsize=9)
-    ax.yaxis.get_major_locator().set_params(integer=True)
-    return image
+def correlations(of_models: dict[str, dict], methods: list, nodes: list[str]) -> Figure:
+    """Figure 1: PCC with AP as bars with 95 % intervals, a panel for each kind of node, the methods side by side.
 
-
-def slopes(pcc: dict[str, dict], methods: list[Method], nodes: list[str]) -> Figure:
-    """The slope of each layer's scores against AP's: a row per node kind, a column per model, a line per method.
-
-    The larger a point, the larger its layer's share of the effects. Slopes beyond the axis stand at its end.
+    of_models: {model: {method: {node: ...}}}, see statistics.agreements. methods: scoring.Methods.
     """
-    size = 1.2 + 1.9 * len(pcc), 0.8 + 1.6 * len(nodes)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(nodes), len(pcc), squeeze=False, sharex="col", sharey=True)
-    for row, node in zip(axes, nodes):
-        for ax, of in zip(row, pcc.values()):
-            ax.axhline(1, color="black", linewidth=0.6)
-            for method in methods:
-                by_layer = of[method.name][node]["by_layer"]
-                x, y = range(len(by_layer["slope"])), np.clip(by_layer["slope"], -0.5, 2)
-                color = COLORS.get(method.name)
-                ax.plot(x, y, linewidth=1, color=color, label=method.label)
-                ax.scatter(x, y, 4 + 60 * np.array(by_layer["share"]), color=color)
-            ax.set_ylim(-0.6, 2.1)
-            ax.xaxis.get_major_locator().set_params(integer=True)
-        row[0].set_ylabel(f"{node}\nslope against AP", fontsize=8)
-    for ax, model in zip(axes[0], pcc):
-        ax.set_title(model, fontsize=9)
-    for ax in axes[-1]:
-        ax.set_xlabel("layer", fontsize=8)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    return figure
-
-
-def correlations(pcc: dict[str, dict], methods: list[Method], nodes: list[str]) -> Figure:
-    """PCC with AP as bars with 95 % intervals: a panel per node kind, the methods side by side for each model.
-
-    pcc: {model: {method: {node: ...}}}, see statistics.agreements.
-    """
-    figure = Figure(figsize=(1.5 + len(nodes) * (1 + 0.5 * len(pcc)), 3.4), layout="constrained")
-    x = np.arange(len(pcc))
-    for ax, node in zip(figure.subplots(1, len(nodes), sharey=True, squeeze=False)[0], nodes):
+    room = 0.8 + 0.075 * max(len(cut(method.label)) for method in methods)  # for the legend
+    total = 0.7 + (0.95 + 0.45 * len(of_models)) * len(nodes) + room
+    figure = Figure(figsize=(total, 3.4))
+    places = {"left": 0.7 / total, "right": 1 - room / total, "bottom": 0.25, "top": 0.83, "wspace": 0.06}
+    axes = figure.subplots(1, len(nodes), sharey=True, squeeze=False, gridspec_kw=places)[0]
+    x, width = np.arange(len(of_models)), 0.8 / len(methods)
+    for ax, node in zip(axes, nodes):
         for i, method in enumerate(methods):
-            of_models = [of[method.name][node] for of in pcc.values()]
-            heights = np.array([of["averaged"] for of in of_models])
-            ends = np.array([of["interval"]["averaged"] for of in of_models]).T
+            value, low, high = np.array([of[method.name][node]["averaged"] for of in of_models.values()]).T
             ax.bar(
-                x + (i - (len(methods) - 1) / 2) * 0.8 / len(methods),
-                heights,
-                0.76 / len(methods),
-                label=method.label,
+                x + (i - (len(methods) - 1) / 2) * width,
+                value,
+                0.95 * width,
+                label=cut(method.label),
                 color=COLORS.get(method.name),
-                yerr=np.maximum(0, [heights - ends[0], ends[1] - heights]),  # percentiles may leave the value outside
+                yerr=np.maximum(0, [value - low, high - value]),  # percentiles may leave the value outside
                 error_kw={"linewidth": 0.8},
             )
-        ax.set_title(node, fontsize=10)
-        ax.set_xticks(x, list(pcc), rotation=35, ha="right", fontsize=8)
+        ax.set_title(node, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.set_xticks(x, [cut(model, 20) for model in of_models], rotation=35, ha="right")
         ax.axhline(0, color="black", linewidth=0.6)
-    figure.axes[0].set_ylabel("PCC with activation patching")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    axes[0].set_ylabel("PCC with activation patching", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=8)
+    if {"atp", "relp"} <= {method.name for method in methods}:
+        pairs = [[of[m][node]["averaged"][0] for m in ("relp", "atp")] for of in of_models.values() for node in nodes]
+        better = sum(one > other for one, other in pairs)
+        claim = f"RelP predicts activation patching better than AtP in {better} of {len(pairs)} cases"
+        headline(figure, lines(claim, total))
     return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Circuits
+
+
+def faithfulness(
+    title: str, structures: dict[str, Structure], labels: dict[str, str], metric: str, seed: int
+) -> Figure:
+    """Figure 3: a column for each kind of circuit; faint lines are structures, bold ones their mean with its 95 % band.
+
+    labels: {method: label}.
+    """
+    weights = {name: resamples_of_prompts(s.held_out, seed) for name, s in structures.items()}
+    figure = Figure(figsize=(12.5, 6))
+    places = {"left": 0.06, "right": 0.87, "bottom": 0.09, "top": 0.88, "wspace": 0.08, "hspace": 0.1}
+    axes = figure.subplots(len(MEASURES), len(VARIANTS), sharex="col", sharey=True, gridspec_kw=places)
+    for row, measure in zip(axes, MEASURES):
+        row[0].set_ylabel(measure)
+        for ax, variant in zip(row, VARIANTS):
+            for method in next(iter(structures.values())).runs[variant]:
+                color, curves = COLORS.get(method), []
+                sizes = {name: s.runs[variant][method].sizes for name, s in structures.items()}
+                ends = max(min(n) for n in sizes.values()), min(max(n) for n in sizes.values())
+                grid = np.geomspace(max(1, ends[0]), max(2, ends[1]), 40)
+                for name, s in structures.items():
+                    values = curve(s, variant, method, measure, weights[name])
+                    ax.plot(np.maximum(sizes[name], 0.7), values[:, 0], color=color, alpha=0.25, linewidth=0.8)
+                    curves.append(at_sizes(values, sizes[name], grid))
+                mean = torch.stack(curves).mean(0)
+                low, high = mean[:, 1:].quantile(torch.tensor([0.025, 0.975], dtype=mean.dtype), dim=1)
+                ax.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
+                ax.plot(grid, mean[:, 0], color=color, linewidth=2, label=labels[method])
+            ax.set_xscale("log")
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.axhline(1 if measure == "faithfulness" else 0, color="black", linewidth=0.5, linestyle=":")
+            ax.set_ylim(-0.25, 1.15)
+    for ax, variant in zip(axes[0], VARIANTS.values()):
+        ax.set_title(variant.label, fontsize=10)
+    for ax in axes[1]:
+        ax.set_xlabel("units in the circuit")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center right")
+    headline(figure, lines(f"{title}: circuits on held-out pairs, {metric}; bold: mean of the structures", 12))
+    return figure
+
+
+def circuits(title: str, structures: dict[str, Structure], labels: dict[str, str]) -> Figure:
+    """Each structure's chosen circuit: the judged layers upward, positions across; a unit's area is its score."""
+    nodes = {key for s in structures.values() for key in s.features[s.main] if key[1] >= s.first_layer}
+    nodes = sorted(nodes, key=lambda key: (key[1], ORDER.index(key[0])))
+    columns = min(2, len(structures))
+    rows = -(-len(structures) // columns)
+    height = 0.4 * len(nodes)
+    figure = Figure(figsize=(8 * columns, (height + 0.8) * rows + 0.4))
+    for i, (name, s) in enumerate(structures.items()):
+        y = 0.4 + (rows - 1 - i // columns) * (height + 0.8)
+        ax = place(figure, 1.1 + 8 * (i % columns), y, 6.8, height)
+        draw_units(ax, nodes, s)
+        size = f"{s.chosen['size']} units from layer {s.first_layer} on"
+        ax.set_title(lines(f"{name}: {size}, faithfulness {s.chosen['faithfulness']:.2f}", 7), fontsize=10)
+    method = labels[next(iter(structures.values())).main]
+    what = f"{title}: SAE features (their numbers) and errors (squares), area by {method} score;"
+    meaning = "blue carries the original's answer, red speaks against it"
+    headline(figure, f"{lines(what, 8 * columns)}\n{meaning}")
+    return figure
+
+
+def draw_units(ax: Axes, nodes: list, s: Structure) -> None:
+    """A row for each of the nodes (name, layer); within a position, the strongest units from left to right."""
+    scores = s.features[s.chosen["method"]]
+    cells = {}  # (node, pos) -> its units, the strongest first
+    for key, pos, i in s.chosen["units"]:
+        cells.setdefault((key, pos), []).append(i)
+    widths = [1] * len(s.roles)
+    for (_, pos), units in cells.items():
+        widths[pos] = max(widths[pos], min(len(units), PER_CELL) + (len(units) > PER_CELL))
+    edges = np.concatenate([[0], np.cumsum(widths)])
+    drawn = {"o": [], "s": []}  # features, errors: x, y, score
+    for (key, pos), units in cells.items():
+        y, x = nodes.index(key), edges[pos] + 0.5
+        for i in units[:PER_CELL]:
+            error = i == scores[key].shape[1] - 1
+            drawn["s" if error else "o"].append((x, y, float(scores[key][pos, i])))
+            ax.annotate("err" if error else str(i), (x, y), ha="center", va="center", fontsize=6)
+            x += 1
+        if len(units) > PER_CELL:
+            ax.annotate(f"+{len(units) - PER_CELL}", (x, y), ha="center", va="center", fontsize=7)
+    largest = max((abs(value) for of in drawn.values() for *_, value in of), default=1.0)
+    for marker, of in drawn.items():
+        x, y, value = np.array(of).reshape(-1, 3).T
+        colors = np.where(value > 0, "#d6604d", "#4393c3")
+        ax.scatter(x, y, s=25 + 550 * np.abs(value) / largest, marker=marker, color=colors, linewidths=0)
+    ax.set_xticks((edges[:-1] + edges[1:]) / 2, s.roles)
+    ax.set_yticks(range(len(nodes)), [f"{layer} {node}" for node, layer in nodes], fontsize=8)
+    ax.set_xlim(0, edges[-1])
+    ax.set_ylim(-0.7, len(nodes) - 0.3)
+    ax.grid(axis="y", linewidth=0.3)
+    for x in edges[1:-1]:
+        ax.axvline(x, color="grey", linewidth=0.4)

@@ -1,16 +1,14 @@
 """inspect.html: one page on which every score of a run can be looked at. inspect.html beside this file is its template.
 
 What a run has is packed into `Shown`, one for each model (for --task sva, one for each structure). The page has maps of
-rows and columns: layers and tokens, or for edges writers and readers. A map is stored in 16 bits per score, with one
-scale: a score is exact to 1/65534 of the largest one in its map (there is one map per method and kind of node for the
-means over the pairs, and another for the pairs one by one). "No value" is kept apart from 0. Doubt is computed in the
-page, from RelP's and AtP's maps.
+layers and tokens. A map is stored in 16 bits per score, with one scale: a score is exact to 1/65534 of the largest one
+in its map. There is one map per method and kind of node for the means over the pairs, and another one for the pairs one
+by one. "No value" is kept apart from 0.
 """
 
 import base64
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -19,20 +17,18 @@ import numpy as np
 import torch
 
 import relp
-from models import MissingFile, first_line
 from support.circuits import Structure
-from support.methods import Method
 from support.positions import laid_over, legend, overlay
-from support.processes import say
 from support.results import save, without_nan
-from support.tokenizer import load_tokenizer
+from support.scoring import Method
+from support.tokenizer import NoTokenizer, load_tokenizer
 from tasks import Pair, labels
 
 TEMPLATE = Path(__file__).with_name("inspect.html")
 HERE = "{{data}}"  # where the data goes in the template
 LARGEST = 32767
 NO_VALUE = -32768
-MOST = 2**20  # numbers of one model, about 3 MB of the page; if there are more, the first pairs are shown, or the means
+MOST = 2**20  # numbers of one model, about 3 MB of the page; if there are more, only the first pairs are shown
 PARTS = 8  # how many heads, neurons or features of a cell are shown
 FIRES_ON = 3  # prompts per feature
 WHOLE = {"head": "attn_out", "neuron": "mlp_out"}  # where a reader looks for these, beside relp.PARTS_OF
@@ -40,10 +36,10 @@ WHOLE = {"head": "attn_out", "neuron": "mlp_out"}  # where a reader looks for th
 
 @dataclass
 class Kind:
-    """The maps of one kind of node; of edges, those of one position.
+    """The maps of one kind of node.
 
-    mean    {method: packed [rows, columns]}, the mean over the pairs by role
-    each    {method: packed [pairs, rows, positions]}; {} if there are only means
+    mean    {method: packed [layers, columns]}, the mean over the pairs by role
+    each    {method: packed [pairs, layers, positions]}; {} if there are only means
     parts   what a cell is made of: see strongest_parts(); None if that is not known
     wholes  other kinds whose cells are made of these parts too
     """
@@ -59,12 +55,12 @@ class Kind:
 class Shown:
     """What the page shows of one model.
 
-    task      "nodes", "edges" or "features"
-    cells     packed numbers of the cells that maps hold, row by row; "" if they hold all
+    task      "nodes" or "features"
     tokens    the tokens that occur; prompts are numbers of these
     examples  the pairs: original, patch, answers, roles, values (the metric of both runs), at (see positions.overlay)
     n_pairs   how many there were, and `laid_over` how many of them the means are of
-    values    the metric of both runs, mean over the pairs; None if not known
+    values    the metric of both runs, mean over the pairs
+    prompts   those on which features fire
     """
 
     title: str
@@ -78,30 +74,20 @@ class Shown:
     examples: list[dict]
     n_pairs: int
     laid_over: int
-    values: list[float] | None
-    cells: str = ""
-    meanings: str = ""
-    prompts: list[str] = field(default_factory=list)  # on which features fire
-    note: str = ""
-
-
-def collect(shown: list, make: Callable[[], Shown]) -> None:
-    """Add what is to be shown. What cannot be packed costs its part of the page only."""
-    try:
-        shown.append(make())
-    except Exception as error:
-        say(f"  inspect.html leaves this out: {first_line(error)}")
+    values: list[float]
+    meanings: str
+    prompts: list[str] = field(default_factory=list)
 
 
 def write(path: Path, shown: list[Shown]) -> None:
     """The page. ValueError if the file cannot be written."""
     template = TEMPLATE.read_text(encoding="utf-8")
-    save(path, lambda file: file.write(template.replace(HERE, embedded({"models": shown})).encode()))
+    save(path, lambda file: file.write(template.replace(HERE, embedded(shown)).encode()))
 
 
-def embedded(content: dict) -> str:
+def embedded(shown: list[Shown]) -> str:
     """JSON that does no harm within an HTML script element: ASCII, without < > &."""
-    content = {"models": [without_nan(asdict(shown)) for shown in content["models"]]}
+    content = {"models": [without_nan(asdict(one)) for one in shown]}
     text = json.dumps(content, separators=(",", ":"))
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 
@@ -161,7 +147,7 @@ def tokenizer_of(name: str):
     """None if the model comes without one."""
     try:
         return load_tokenizer(name)
-    except MissingFile:
+    except NoTokenizer:
         return None
 
 
@@ -207,39 +193,6 @@ def of_nodes(
     )
 
 
-def of_edges(
-    name: str, graph, scores: dict, methods: list[Method], pairs: list[Pair], metric: str, values: list[float]
-) -> Shown:
-    """Edges, mean over the pairs, with a map for each role where the run has them. values: the metric's two means.
-
-    graph, scores: the Graph and {method: EdgeScores} of beyond.edges
-    """
-    columns, at = overlay(pairs)
-    kinds = [Kind("all positions together", {m: packed(of.mean) for m, of in scores.items()})]
-    by_role = {m: of.roles for m, of in scores.items() if of.roles is not None}
-    if len(by_role) == len(scores) and sum(roles.size for roles in by_role.values()) <= MOST:
-        for i, role in enumerate(columns):
-            kinds.append(Kind(f"at {role.strip()}", {m: packed(roles[i]) for m, roles in by_role.items()}))
-    example = int((at >= 0).sum(1).argmax())
-    tokens, examples = prompts_shown([pairs[example]], tokenizer_of(name), at[[example]], None)
-    return Shown(
-        title=name,
-        task="edges",
-        metric=metric,
-        methods=method_names(methods),
-        rows=graph.writers,
-        columns=graph.readers,
-        kinds=kinds,
-        tokens=tokens,
-        examples=examples,
-        n_pairs=len(pairs),
-        laid_over=int((at >= 0).any(1).sum()),
-        values=values,
-        cells=in_base64(np.flatnonzero(graph.edges).astype("<u4")),
-        meanings=legend(columns),
-    )
-
-
 def of_features(
     title: str, s: Structure, model, prompts: torch.Tensor, tokenizer, saes: dict, methods: list[Method], o
 ) -> Shown:
@@ -247,7 +200,7 @@ def of_features(
     scores, n_positions = s.features, len(s.roles)
     keys = list(scores[methods[0].name])
     n_layers = 1 + max(layer for _, layer in keys)
-    acts = relp.record(model, prompts, {node for node, _ in saes})[1]
+    _, acts = relp.record(model, prompts, {node for node, _ in saes})
     kinds = []
     for node, _ in Counter(node for node, _ in keys).most_common():  # those with SAEs in most layers first
         layers = [layer for other, layer in keys if other == node]
@@ -260,7 +213,7 @@ def of_features(
         index = np.frombuffer(base64.b64decode(parts["index"]), "<u4").reshape(n_layers, n_positions, -1)
         fires = {}
         for layer, pos in product(layers, range(n_positions)):
-            x = acts[node, layer].flatten(2)[:, slice(None) if o.sum_positions else [pos]]
+            x = acts[node, layer][:, pos, 0]
             fires[f"{layer},{pos}"] = fires_most(saes[node, layer], x, index[layer, pos].tolist())
         errors = {layer: len(saes[node, layer].W_dec) for layer in layers}  # the number of the SAE's error
         parts = {"what": "feature", "of": units, "mean": parts, "fires": fires, "errors": errors}
@@ -283,14 +236,13 @@ def of_features(
         values=[s.discovery["original"], s.discovery["patch"]],
         meanings=legend(s.roles),
         prompts=[tokenizer.decode(ids) for ids in prompts[:, skip:].tolist()],
-        note="Every unit has its score of all positions together." if o.sum_positions else "",
     )
 
 
 def fires_most(sae, x: torch.Tensor, units: list[int]) -> list:
-    """Of each unit the prompts on which it fires most: [[[prompt, activation], ...], ...]. x: [prompts, pos, d]."""
+    """Of each unit the prompts on which it fires most: [[[prompt, activation], ...], ...]. x: [prompts, d]."""
     error = sae.error(x).norm(dim=-1, keepdim=True)
-    active = torch.cat([sae.encode(x), error], dim=-1).amax(1)[:, units]
+    active = torch.cat([sae.encode(x), error], dim=-1)[:, units]
     values, prompts = active.topk(min(FIRES_ON, len(active)), dim=0)
     of_units = zip(prompts.T.tolist(), values.T.tolist())
     return [[[p, round(v, 3)] for p, v in zip(*of_unit) if v > 0] for of_unit in of_units]

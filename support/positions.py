@@ -31,6 +31,12 @@ def overlay(pairs: list[Pair]) -> tuple[list[str], np.ndarray]:
     return labels, at
 
 
+def labels_of(pairs: list[Pair]) -> dict[str, list[str]]:
+    """{group: the labels of its positions}."""
+    groups = dict.fromkeys(p.group for p in pairs)
+    return {group: overlay([p for p in pairs if p.group == group])[0] for group in groups}
+
+
 def places_in(axis: tuple[str, ...], roles: tuple[str, ...]) -> list[int] | None:
     """Where the roles lie on the axis, in order; None if they do not all occur there."""
     rest = iter(range(len(axis)))

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from models import Transformer
 
-own = False  # True if evaluate.py was started as a command: then no caller has chosen a number of threads
+own = False  # True in a command: then no caller has chosen a number of threads
 THREADS = torch.get_num_threads()
 SMALL = 512
 
@@ -15,7 +15,7 @@ SMALL = 512
 def choose_threads(d_model: int) -> None:
     """One thread for small models, as many as before for others; a number in the environment wins.
 
-    The threads of a small matrix product wait for each other most of the time, and they wait spinning: where another
+    The threads of a small matrix product wait for each other most of the time, and they wait spinning: if another
     program wants the cores, that is several times slower than one thread. tests/README.md has the figures.
     """
     if own and not os.environ.keys() & {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:
@@ -37,8 +37,8 @@ def say(text: str) -> None:
 
 
 def join(device: torch.device) -> torch.device:
-    """Join the other processes where torchrun has started this one. Returns the device of this process."""
-    if "LOCAL_RANK" not in os.environ:
+    """Join the other processes if torchrun has started this one. Returns the device of this process."""
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -50,10 +50,6 @@ def join(device: torch.device) -> torch.device:
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def wait_for_all() -> None:
-    gathered(None)  # a barrier would fail without a reason where another process has stopped
 
 
 def share(rows: list[int]) -> list[int]:
@@ -76,15 +72,11 @@ def gathered(mine: object) -> list:
     return everybody
 
 
-def is_lost(error: Exception) -> bool:
-    """Has what all processes do together failed because another one has stopped?"""
-    return world() > 1 and (isinstance(error, dist.DistError) or "closed by peer" in str(error))
-
-
 def shard_weights(model: Transformer, device: torch.device) -> None:
     """Share a model's weights out over the processes (PyTorch's FSDP2): a unit per block, one for the rest.
 
     Every process keeps a part of each weight and gathers a block's just before it runs: all must make the same calls.
+    The model comes whole, in main memory.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

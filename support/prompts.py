@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import tasks
-from models import MissingFile, first_line, quote
-from support.tokenizer import load_tokenizer
+from models import first_line
+from support.tokenizer import NoTokenizer, load_tokenizer
 from tasks import Pair, Tokenizer, Unaligned
 
 # Fields of a line: our name, and the name in the feature-circuits data (their "clean" is our original).
@@ -39,7 +39,7 @@ def node_pairs(
     """
     try:
         tokenizer = load_tokenizer(name)
-    except MissingFile:
+    except NoTokenizer:
         if not prompts:
             raise
         tokenizer = None
@@ -94,19 +94,19 @@ def fields(line: bytes, tokenizer: Tokenizer | None) -> list[str | list[int]]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {first_line(error)}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"must be a JSON object; got {quote(record)}")
+        raise ValueError(f"must be a JSON object; got {record!r:.80}")
     values = []
     for ours, theirs in FIELDS.items():
         if ours not in record and theirs not in record:
             raise ValueError(f"no field {ours!r}" + (f" (or {theirs!r})" if theirs != ours else ""))
         value = record.get(ours, record.get(theirs))
         if isinstance(value, str) and tokenizer is None:
-            raise ValueError(f"{ours} is the text {quote(value)}, which needs a tokenizer; without one, give token ids")
+            raise ValueError(f"{ours} is the text {value!r:.80}, which needs a tokenizer; without one, give token ids")
         if type(value) is int and "answer" in ours:
             value = [value]
         is_ids = isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)  # a bool is no id
         if not value or not (is_ids or isinstance(value, str)):
-            raise ValueError(f"{ours} must be a text or token ids, integers of 0 or more; got {quote(value)}")
+            raise ValueError(f"{ours} must be a text or token ids, integers of 0 or more; got {value!r:.80}")
         values.append(value)
     return values
 

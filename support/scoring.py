@@ -1,7 +1,9 @@
-"""The loop that scores all prompt pairs with all methods, batch by batch."""
+"""The methods, and the loop that scores all prompt pairs with them, batch by batch."""
 
+import gc
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,26 +13,58 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import relp
-from support.memory import BatchSize
-from support.methods import AP, Method
+from models import Rules, Transformer
+from support import resume
 from support.processes import gathered, rank, share, world
-from support.progress import BAR
 from support.prompts import batches, tensors
+from support.results import Store
 from tasks import Pair
 
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+OUT_OF_MEMORY = "out of memory; try a smaller --batch-size, shorter prompts, or --dtype bfloat16"
 
-@dataclass
-class Batch:
-    """Prompt pairs of one length."""
 
-    pair_numbers: list[int]  # which of the pairs these are
-    tokens: tuple[Tensor, Tensor, Tensor]  # original, patch [batch, pos], answers [batch, 2]
-    values: Tensor  # the metric of both runs [batch, 2]
-    differs: dict[str, Tensor]  # {node: bool [batch, layers, positions, ...]}, True where the two runs differ
+@dataclass(frozen=True)
+class Method:
+    """One way of scoring nodes.
 
-    def part(self, here: slice) -> "Batch":
-        tokens, differs = tuple(x[here] for x in self.tokens), {node: x[here] for node, x in self.differs.items()}
-        return Batch(self.pair_numbers[here], tokens, self.values[here], differs)
+    name       in the command and in the files
+    label      in tables and figures
+    lrp        the rules that are on, as relp.attribute takes them
+    steps      of Integrated Gradients
+    attribute  a function (model, original, patch, targets, nodes, metric) -> scores to use instead of relp.attribute
+    """
+
+    name: str
+    label: str
+    lrp: bool | Rules = False
+    steps: int | None = None
+    attribute: Callable | None = None
+
+    def scores(self, model, original, patch, targets, nodes, metric=relp.logit_diff) -> dict[str, Tensor]:
+        """{node: [batch, layer, pos, ...]}"""
+        if self.attribute:
+            return self.attribute(model, original, patch, targets, nodes, metric)
+        return relp.attribute(model, original, patch, targets, nodes, metric, self.lrp, self.steps)
+
+    def passes(self, n_nodes: int) -> tuple[int, int]:
+        """Forward and backward passes for one pair, n_nodes in all layers; of AP only those of the two runs."""
+        if self.steps:  # IG moves each node by itself
+            return 2 + self.steps * n_nodes, self.steps * n_nodes
+        return 2, 1 if self.attribute is None else 0
+
+
+AP = Method("ap", "AP", attribute=resume.activation_patching)
+ATP = Method("atp", "AtP")
+
+
+def main_method(names: list[str]) -> str:
+    """The method that others are compared with: RelP, or else the first that is not AP."""
+    return "relp" if "relp" in names else next((name for name in names if name != "ap"), "ap")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All pairs, all methods
 
 
 @dataclass
@@ -38,161 +72,214 @@ class Scores:
     """What all methods say of n pairs: NaN beyond a prompt's length."""
 
     scores: dict[tuple[str, str], np.ndarray]  # {(method, node): [n, layers, positions, ...]}
-    differs: dict[str, np.ndarray]  # {node: the same, 1 where the two runs differ and 0 elsewhere}
-    values: np.ndarray  # the metric of both runs [n, 2]
-    seconds: dict[str, float]  # by method
-
-
-def joined(parts: Iterable[tuple[Sequence, dict]]) -> dict:
-    """{key: tensor [batch, ...]} of a whole batch, from (part, {key: tensor}) of its parts."""
-    results = [result for _, result in parts]
-    return {key: torch.cat([result[key] for result in results]) for key in results[0]}
-
-
-def on_a_few(compute: Callable, model, pairs: list[Pair], device: torch.device, batch_size: BatchSize) -> object:
-    """compute(original, patch, answers) of up to four pairs of one length; of fewer if these do not fit in memory."""
-    few = next(batches(pairs, 4))
-    prompts, _ = batch_size.chosen(model, len(pairs[few[0]].original), device)
-    parts = batch_size.in_parts(few, lambda part, _: compute(*tensors([pairs[i] for i in part], device)), prompts)
-    return next(parts)[1]
-
-
-def patch_all(
-    model,
-    batch: Batch,
-    nodes: list[str],
-    metric: Callable,
-    batch_size: BatchSize,
-    rows: int,
-    pieces: dict | None = None,
-    **how,
-) -> dict:
-    """AP of every node, layer and position. Positions that are finished stay so if the next one runs out of memory."""
-    pieces = {} if pieces is None else pieces
-    patch = partial(relp.activation_patching, model, *batch.tokens, nodes, metric, pieces=pieces, **how)
-    while True:
-        fits, scores = batch_size.attempt(partial(patch, rows=rows))
-        if fits:
-            return scores
-        if not pieces or rows == 1:  # too many prompts, perhaps: score_pairs() tries fewer
-            raise MemoryError
-        batch_size.say(f"{rows} patched runs")
-        rows = batch_size.most_runs = rows // 2
+    values: np.ndarray  # the metric of the original and the patch run [n, 2]
+    right: np.ndarray  # does each run prefer its own answer? [n, 2]
+    seconds: dict[str, float]  # by method; AP's include those of the runs that it is taken from
 
 
 def score_pairs(
     title: str,
-    model,
+    model: Transformer,
     pairs: list[Pair],
     methods: list[Method],
     nodes: list[str],
-    metric: Callable,
-    device: torch.device,
-    batch_size: BatchSize,
-    lockstep: bool = False,
-    run_ap: Callable = patch_all,
+    metric: str | Callable = "logit_diff",
+    batch_size: int | None = None,
+    out: str | None = None,
+    shard: bool = False,
 ) -> Scores:
-    """The methods on every pair; each process takes its share of a batch. ValueError if a score is not finite.
+    """The methods on every pair. ValueError if a score is not finite.
 
-    run_ap  the function that does AP, if that is among the methods: patch_all() or another with its arguments
+    out    the folder of AP's store; None: AP is not kept, nor is it for a metric that is a function
+    shard  the processes share the weights as well, and must make the same calls
     """
-    longest = max(len(p.original) for p in pairs)
-    prompts, runs = batch_size.chosen(model, longest, device)
-    parts, seconds = [], {method.name: 0.0 for method in methods}
+    device, longest = model.embed_tokens.weight.device, max(len(pair.original) for pair in pairs)
+    store = Store(out, model, nodes, metric) if out and AP in methods and isinstance(metric, str) else None
+    seconds = {method.name: 0.0 for method in methods}
     off = None if rank() == 0 else True  # None: on in a terminal only
-    with tqdm(total=len(pairs), leave=False, disable=off, delay=2, bar_format=BAR) as bar:
-        for numbers in batches(pairs, prompts * world()):
-            mine, done = share(numbers), bar.n
-            tokens, rows = tensors([pairs[i] for i in mine], device), range(len(mine))
+    bar = tqdm(total=len(pairs) * len(methods), leave=False, disable=off, delay=2, bar_format=BAR)
 
-            def compared(part, _, tokens=tokens):
-                here = (x[part.start : part.stop] for x in tokens)
-                value, patch_value, differs = relp.compare(model, *here, nodes, metric)
-                return {"values": torch.stack([value, patch_value], dim=1)} | differs
+    def score(numbers: list[int], rows: int) -> dict:
+        """{what: [batch, ...]} of one batch: "values", "right", and (method, node)."""
+        here = [pairs[i] for i in numbers]
+        original, patch, answers = tensors(here, device)
+        result = two_runs(model, original, patch, answers, metric)
+        targets = result.pop("targets")
+        for method in methods:
+            bar.set_description_str(f"{title} {method.label}")
+            began, done = time.perf_counter(), bar.n
+            if method is AP:
 
-            differs = joined(batch_size.in_parts(rows, compared, prompts))
-            batch = Batch(mine, tokens, differs.pop("values"), differs)
-            results = {("differs", node): where.float() for node, where in differs.items()}
+                def progress(fraction, done=done):
+                    bar.update(done + fraction * len(here) * world() - bar.n)
 
-            def scored(part, runs, method, batch=batch, done=done, numbers=numbers):
-                here = batch.part(slice(part.start, part.stop))
-                if method is not AP:
-                    return method.scores(model, *here.tokens, nodes, metric)
+                scores, earlier = patch_pairs(model, here, targets, nodes, metric, rows, store, shard, progress)
+                seconds["ap"] += earlier
+            else:
+                scores = method.scores(model, original, patch, targets, nodes, metric)
+            result |= {(method.name, node): scores[node].cpu() for node in nodes}
+            seconds[method.name] += time.perf_counter() - began
+            bar.update(done + len(here) * world() - bar.n)
+        check_finite(title, result, model)
+        return {what: value.cpu().numpy() for what, value in result.items()}
 
-                def progress(fraction):
-                    rows_done = part.start + fraction * len(part)
-                    bar.update(done + rows_done * len(numbers) / len(batch.pair_numbers) - bar.n)
+    with bar:
+        mine = list(by_batch(model, pairs, score, batch_size, shard=shard))
 
-                how = {"rows": runs, "batch_size": batch_size, "lockstep": lockstep, "progress": progress}
-                return run_ap(model, here, nodes, metric, **how)
-
-            for method in methods:
-                bar.set_description_str(f"{title} {method.label}")
-                began = time.perf_counter()
-                compute, n_runs = partial(scored, method=method), runs if method is AP else 1
-                scores = joined(batch_size.in_parts(rows, compute, prompts, n_runs))
-                results |= {(method.name, node): value.cpu() for node, value in scores.items()}
-                seconds[method.name] += time.perf_counter() - began
-            check_finite(title, [batch.values, *results.values()], model)
-            values = batch.values.cpu().numpy()
-            parts.append((mine, values, {key: value.cpu().numpy() for key, value in results.items()}))
-            bar.update(done + len(numbers) - bar.n)
-
-    values, whole = np.empty((len(pairs), 2), parts[0][1].dtype), {}
-    for theirs, their_seconds in gathered((parts, seconds)):
-        seconds = {name: max(seconds[name], their_seconds[name]) for name in seconds}
-        for numbers, value, results in theirs:
-            values[numbers] = value
-            for key, result in results.items():
-                shape = len(pairs), result.shape[1], longest, *result.shape[3:]
-                array = whole.setdefault(key, np.full(shape, np.nan, result.dtype))
-                array[numbers, :, : result.shape[2]] = result
-    differs = {node: whole.pop(("differs", node)) for node in nodes}
-    return Scores(whole, differs, values, seconds)
+    everybody = gathered((mine, seconds))
+    whole = joined([part for parts, _ in everybody for part in parts], len(pairs), longest)
+    seconds = {name: max(of_one[name] for _, of_one in everybody) for name in seconds}
+    return Scores(values=whole.pop("values"), right=whole.pop("right"), scores=whole, seconds=seconds)
 
 
-def right(
-    model, pairs: list[Pair], values: Tensor, metric: Callable, device: torch.device, batch_size: BatchSize
-) -> Tensor:
-    """Does each run, the original and the patch run, prefer its own answer? bool [n, 2]; values: the metric of both.
-
-    Every metric but kl says so by its sign.
-    """
-    if metric is relp.kl:
-        values, longest = torch.empty_like(values), max(len(p.original) for p in pairs)
-        prompts, _ = batch_size.chosen(model, longest, device)
-
-        def logit_diffs(part, _):
-            return torch.stack(relp.compare(model, *tensors([pairs[i] for i in part], device), ())[:2], dim=1)
-
-        for numbers in batches(pairs, min(64, prompts)):
-            for part, of_part in batch_size.in_parts(numbers, logit_diffs, prompts):
-                values[part] = of_part.to(values)
-    return torch.stack([values[:, 0] > 0, values[:, 1] < 0], dim=1)
+def joined(parts: list[tuple[list[int], dict]], n: int, longest: int) -> dict:
+    """All batches in one array, {what: [n, ...]}, from (pair numbers, {what: [batch, ...]}) of each."""
+    whole = {}
+    for numbers, result in parts:
+        for what, part in result.items():
+            of_cells = part.ndim > 2  # [batch, layer, pos, ...], not [batch, 2]
+            shape = (n, part.shape[1], longest, *part.shape[3:]) if of_cells else (n, 2)
+            array = whole.setdefault(what, np.full(shape, np.nan, part.dtype))
+            if of_cells:
+                array[numbers, :, : part.shape[2]] = part
+            else:
+                array[numbers] = part
+    return whole
 
 
 @torch.no_grad()
-def rounding(model, original: Tensor, patch: Tensor, answers: Tensor, metric: Callable) -> float:
-    """How far the metric moves, on average, if each layer's stream is off by one rounding of the model's dtype."""
-    eps, generator = torch.finfo(model.embed_tokens.weight.dtype).eps, torch.Generator().manual_seed(0)
+def two_runs(model: Transformer, original: Tensor, patch: Tensor, answers: Tensor, metric: str | Callable) -> dict:
+    """Of the original and the patch run, [batch, 2]: the metric's "values", and is its own answer preferred ("right")?
 
-    def hook(name, layer, x):
-        error = eps * (torch.rand(x.shape, generator=generator, dtype=torch.float64) - 0.5).to(x.device)
-        return (x.double() * (1 + error)).to(x.dtype)
-
-    hook.nodes = ("resid_post",)
-    answers = relp.targets(model, model.stream(patch), answers, metric)
-    values = [relp.read_out(model, model.stream(original, hook=h), answers, metric) for h in (None, hook)]
-    return float((values[0] - values[1]).abs().mean())
-
-
-def drowned(scores: dict[str, np.ndarray], error: float) -> list[str]:
-    """Those of the nodes {node: scores [n, ...]} whose scores, where they are not 0, vary by less than ten errors."""
-    there = {node: of_node[(of_node != 0) & ~np.isnan(of_node)] for node, of_node in scores.items()}
-    return [node for node, values in there.items() if values.size and values.std() < 10 * error]
+    "targets": what the metric compares the logits with: for kl the patch run's logits, else the answers.
+    """
+    logits = [model.unembed(model.stream(tokens)[:, -1]) for tokens in (original, patch)]
+    metric = relp.METRICS.get(metric, metric)
+    targets = logits[1] if metric is relp.kl else answers
+    prefers = [relp.logit_diff(x, answers) for x in logits]
+    return {
+        "values": torch.stack([metric(x, targets) for x in logits], dim=1),
+        "right": torch.stack([prefers[0] > 0, prefers[1] < 0], dim=1).float(),
+        "targets": targets,
+    }
 
 
-def check_finite(title: str, values: list[Tensor], model) -> None:
-    if not all(value.isfinite().all() for value in values):
+def check_finite(title: str, values: dict, model: Transformer) -> None:
+    if not all(value.isfinite().all() for value in values.values()):
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
         raise ValueError(f"{title}: scores that are not finite in {dtype}; try --dtype float32")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AP
+
+
+def patch_pairs(
+    model: Transformer,
+    pairs: list[Pair],
+    targets: Tensor,
+    nodes: list[str],
+    metric: str | Callable,
+    rows: int,
+    store: Store | None = None,
+    shard: bool = False,
+    progress: Callable | None = None,
+) -> tuple[dict[str, Tensor], float]:
+    """AP's scores of pairs of one length, and the seconds that it took earlier to find those in the store."""
+    known = [store.get(pair) if store else None for pair in pairs]
+    new = [i for i, found in enumerate(known) if found is None]
+    if shard and any(gathered(len(new))):
+        new = range(len(pairs))
+    earlier = sum(float(found["seconds"]) for i, found in enumerate(known) if i not in new)
+    if new:
+        began = time.perf_counter()
+        original, patch, _ = tensors([pairs[i] for i in new], targets.device)
+        run = patch_every_cell if shard else resume.activation_patching
+        scores = run(model, original, patch, targets[new], nodes, metric, rows=rows, progress=progress)
+        seconds = torch.tensor((time.perf_counter() - began) / len(new))
+        for j, i in enumerate(new):
+            known[i] = {node: x[j].cpu() for node, x in scores.items()} | {"seconds": seconds}
+            if store:
+                store.put(pairs[i], known[i])
+    return {node: torch.stack([found[node] for found in known]) for node in nodes}, earlier
+
+
+def patch_every_cell(
+    model: Transformer, original: Tensor, patch: Tensor, targets: Tensor, nodes, metric, **how
+) -> dict:
+    """AP as resume.activation_patching() finds it, but also run where the two runs agree, so that no call depends on
+    the prompts: processes that share weights must make the same calls.
+    """
+    acts, patch_acts = (relp.record(model, tokens, nodes)[1] for tokens in (original, patch))
+    changed = relp.by_node({key: resume.changed(acts[key], patch_acts[key]) for key in acts}, nodes)
+    cells = {node: torch.ones_like(x) for node, x in changed.items()}
+    scores = resume.activation_patching(model, original, patch, targets, nodes, metric, cells=cells, **how)
+    return {node: x.where(changed[node], 0) for node, x in scores.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches that fit into memory
+
+
+def by_batch(
+    model: Transformer,
+    pairs: list[Pair],
+    compute: Callable,
+    batch_size: int | None = None,
+    most: int = sys.maxsize,
+    shard: bool = False,
+) -> Iterator[tuple[list[int], object]]:
+    """(pair numbers, compute(pair numbers, rows)) for batches of pairs of one length; each process gets its share.
+
+    batch_size  pairs, and patched runs (rows), that go through the model together. None: as many as should fit, up to
+                `most` pairs; half as many, again and again, if they run out of memory
+    """
+    size, rows = (batch_size, batch_size) if batch_size else auto_size(model, max(len(p.original) for p in pairs))
+    waiting = [share(numbers) for numbers in batches(pairs, min(size, most) * world())]
+    while waiting:
+        result = attempt(partial(compute, waiting[0], rows))
+        if result is not None:
+            yield waiting.pop(0), result
+            continue
+        n = len(waiting[0])
+        if batch_size or shard or n == rows == 1:
+            raise ValueError(OUT_OF_MEMORY)
+        print(
+            f"  out of memory with {n} prompts and {rows} patched runs at a time: half as many from now on", flush=True
+        )
+        size, rows = max(1, n // 2), max(1, rows // 2)
+        waiting = [numbers[i : i + size] for numbers in waiting for i in range(0, len(numbers), size)]
+
+
+def auto_size(model: Transformer, length: int) -> tuple[int, int]:
+    """How many prompts of this length, and how many patched runs, fit: the same numbers in all processes.
+
+    As many as fit, with their graph, into a quarter of a GPU's free memory, or into 2 GiB on a CPU. Of patched runs few
+    are fastest on a CPU: those that stay in its cache.
+    """
+    c, weight = model.config, model.embed_tokens.weight
+    memory, fastest = 2**31, 2**9
+    if weight.is_cuda:
+        unused = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)  # by PyTorch
+        memory, fastest = (torch.cuda.mem_get_info(weight.device)[0] + unused) // 4, 2**16
+    per_token = max(4, weight.element_size()) * (20 * c.d_model + 8 * c.d_mlp + 4 * c.n_heads * length)  # of one layer
+    runs = max(1, memory // (per_token * length))
+    mine = max(1, runs // c.n_layers), min(runs, max(1, fastest // length))
+    return tuple(map(min, zip(*gathered(mine))))
+
+
+def attempt(compute: Callable) -> object:
+    """compute(), or None if that runs out of memory."""
+    try:
+        return compute()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    # The error is gone by now, and with it the tensors of the functions that it came through.
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

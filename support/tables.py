@@ -1,25 +1,21 @@
-"""What is printed of the node experiment: the paper's Table 5, for one model and for several."""
+"""What is printed: Table 5 of the paper, for one model and for several, and the circuits of Section 5.2.
+
+Tables are at most WIDTH characters wide: columns that do not fit stand below the first ones.
+"""
 
 import math
 import re
+import textwrap
 from typing import NamedTuple
 
 import numpy as np
 
-from support.methods import Method
+from support.circuits import MEASURES, SIZES, VARIANTS, Structure
 from support.positions import laid_over, legend, overlay
-from support.results import NodeReport
+from support.scoring import main_method
 from tasks import Pair
 
-MEASURES = {  # of statistics.agreement, shown below the table; all are in summary.json
-    "spearman": "rank correlation",
-    "sign": "right sign",
-    "recall": "AP's top 10",
-    "slope": "slope",
-    "false_negative": "worst miss / max",
-}
-
-
+WIDTH = 100
 CAN_DO = 0.75  # accuracy below which a model is said not to do the task
 NO_BEHAVIOUR = "  WARNING: this model does not do the task, so there is no behaviour here for the methods to explain"
 
@@ -32,6 +28,48 @@ def short(value: float, *interval: float, sign: str = " ") -> str:
 
     known = interval and all(map(math.isfinite, interval))  # a single prompt has none
     return text(value, sign) + (f" [{' '.join(text(x, sign.strip()) for x in interval)}]" if known else "")
+
+
+def cut(text: str, length: int = 40) -> str:
+    """Text of at most this length: what is too long loses its middle."""
+    half = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
+
+
+def print_columns(rows: list[tuple[str, list[str]]]) -> None:
+    """Rows of a label and cells. A row without cells is a line of text."""
+    n = max(len(cells) for _, cells in rows)
+    rows = [(label, cells + [""] * (n - len(cells)) if cells else []) for label, cells in rows]
+    first = 2 + max(len(label) for label, cells in rows if cells)
+    widths = [2 + max(len(cells[j]) for _, cells in rows if cells) for j in range(n)]
+    start = 0
+    while start < n:
+        end = start + 1
+        while end < n and first + sum(widths[start : end + 1]) <= WIDTH:
+            end += 1
+        for label, cells in rows:
+            line = "".join(f"{cell:{width}}" for cell, width in zip(cells[start:end], widths[start:end]))
+            if line.strip() or not cells:
+                print(f"  {label:{first}}{line}".rstrip())
+        start = end
+
+
+def print_text(text: str) -> None:
+    print(textwrap.fill(text, WIDTH, initial_indent="    ", subsequent_indent="    "))
+
+
+def print_task(accuracy: dict[str, float], metric: str, values: dict[str, float]) -> None:
+    """Does the model do the task? accuracy and the metric's mean value, of the "original" and of the "patch" run."""
+    print(
+        f"  right on {accuracy['original']:.0%} of the original and {accuracy['patch']:.0%} of the patch prompts; "
+        f"mean {metric} {values['original']:+.3f} and {values['patch']:+.3f}"
+    )
+    if min(accuracy.values()) < CAN_DO:
+        print(NO_BEHAVIOUR)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nodes
 
 
 class Strongest(NamedTuple):
@@ -47,81 +85,141 @@ class Strongest(NamedTuple):
 
 def top(scores: dict, labels: list[str], k: int = 10) -> list[Strongest]:
     """The k nodes with the largest scores in size, of prompts of one length, {node: [batch, layer, pos, ...]}."""
-    found = []
+    check_labels(scores, labels)
+    return strongest({node: x.detach().double().mean(0).cpu().numpy() for node, x in scores.items()}, labels, k)
+
+
+def check_labels(scores: dict, labels: list[str]) -> None:
     for node, values in scores.items():
-        values = values.detach().double().mean(0).cpu()
-        if values.ndim < 2 or values.shape[1] != len(labels):
-            shape = list(scores[node].shape)
+        if values.ndim < 3 or values.shape[2] != len(labels):
+            shape = list(values.shape)
             raise ValueError(f"scores of {node} must be [batch, layer, {len(labels)} labelled positions], got {shape}")
-        strongest = values.flatten().abs().argsort(descending=True, stable=True)[:k]
-        for index in strongest.tolist():
+
+
+def strongest(means: dict[str, np.ndarray], labels: list[str], k: int) -> list[Strongest]:
+    """The same of mean scores {node: [layer, pos, ...]}."""
+    found = []
+    for node, values in means.items():
+        for index in np.argsort(-abs(values), axis=None, kind="stable")[:k]:
             layer, pos, *part = (int(i) for i in np.unravel_index(index, values.shape))
-            score = float(values.flatten()[index])
+            score = float(values.flat[index])
             found.append(Strongest(node, layer, pos, labels[pos], part[0] if part else None, score))
     return sorted(found, key=lambda entry: -abs(entry.score))[:k]
 
 
-def print_report(report: NodeReport, methods: list[Method], nodes: list[str], paper: dict | None) -> None:
-    """One model's table. paper: the paper's own numbers {node: (AtP, RelP)}, where they are of the same experiment."""
-    original, patch = report.accuracy["original"].value, report.accuracy["patch"].value
-    print(
-        f"  right on {original:.0%} of the original and {patch:.0%} of the patch prompts; "
-        f"mean {report.metric} {report.value['original'].value:+.3f} and {report.value['patch'].value:+.3f}"
-    )
-    if min(original, patch) < CAN_DO:
-        print(NO_BEHAVIOUR)
-    labels = {method.name: method.label for method in methods}
-    width = max(23, 8 * len(report.pcc) + 1)
-    first = max(18, 1 + len(" - RelP") + max(map(len, labels.values())))
+def print_report(summary: dict, methods: list, nodes: list[str], paper: dict | None = None) -> None:
+    """One model's table: a row for each method, a column for each kind of node.
 
-    def row(label, cells, end=""):
-        print((f"  {label:{first}}" + "".join(f"{c:{width}}" for c in cells) + end).rstrip())
-
-    row("PCC with AP" if report.pcc else "", [f" {node}" for node in nodes], f"{'seconds':>8}")
-    for name, label in labels.items():
-        cells = [""] * len(nodes)
-        if name in report.pcc:
-            cells = [short(of["averaged"], *of["interval"]["averaged"]) for of in report.pcc[name].values()]
-        seconds = report.seconds[name]  # NaN: unknown, of an earlier run
-        row(label, cells, f"{seconds:8.2f}" if seconds == seconds else "")
-    for pair, of_nodes in report.differences.items():
-        names = pair.split(" - ")
-        if "relp" in names or "relp" not in labels:  # with RelP there, the others are compared with it only
-            cells = [short(*of["averaged"], sign="+") for of in of_nodes.values()]
-            row(" - ".join(labels[name] for name in names), cells)
-    if paper and report.pcc:
-        for i, label in enumerate(("AtP, paper", "RelP, paper")):
-            row(label, [short(paper[node][i]) if node in paper else "" for node in nodes])
-    if report.pcc:
-        print(f"  further, {' / '.join(labels[name] for name in report.pcc)}:")
-        for measure, label in MEASURES.items():
-            each = [[short(of[node][measure]).strip() for of in report.pcc.values()] for node in nodes]
-            row(label, [f" {' / '.join(values)}" for values in each])
+    summary: what is in summary.json. methods: scoring.Methods. paper: the paper's own numbers {node: (AtP, RelP)}, if
+    they are of the same experiment.
+    """
+    accuracy, values = ({run: x[0] for run, x in summary[what].items()} for what in ("accuracy", "value"))
+    print_task(accuracy, summary["metric"], values)
+    labels, agreement = {m.name: cut(m.label) for m in methods}, summary["agreement"]
+    rows = [("PCC with AP" if agreement else "", ["seconds", *(f" {node}" for node in nodes if agreement)])]
+    for method, label in labels.items():
+        cells = [short(*agreement[method][node]["averaged"]) for node in nodes] if method in agreement else []
+        rows.append((label, [f"{summary['seconds'][method]:7.2f}", *cells]))
+    if agreement:
+        main = main_method(list(agreement))
+        for pair, of_nodes in summary["differences"].items():
+            if main in pair.split(" - "):  # the others are compared with it only
+                label = " - ".join(cut(labels[method], 18) for method in pair.split(" - "))
+                rows.append((label, ["", *(short(*of_nodes[node], sign="+") for node in nodes)]))
+        for i, label in enumerate(("AtP, paper", "RelP, paper") if paper else ()):
+            rows.append((label, ["", *(short(paper[node][i]) if node in paper else "" for node in nodes)]))
+        rows.append(("slope of the scores against AP: 1 is the right size, .5 is half of it", []))
+        for method, of in agreement.items():
+            rows.append((labels[method], ["", *(short(*of[node]["slope"]) for node in nodes)]))
+        rows.append(("largest error (score - AP) of the mean scores, and AP's largest effect", []))
+        for method, of in agreement.items():
+            rows.append((labels[method], ["", *(error_at(of[node]["largest_error"], node, summary) for node in nodes)]))
+        rows.append((labels["ap"], ["", *(f" {agreement[main][node]['largest_effect']:#.3g}" for node in nodes)]))
+    print_columns(rows)
+    errors = [of[node]["largest_error"] for of in agreement.values() for node in nodes]
+    if meanings := legend([summary["labels"][error["group"]][error["position"]] for error in errors]):
+        print_text(f"({meanings})")
 
 
-def print_strongest(scores: dict, methods: list[Method], nodes: list[str], pairs: list[Pair], k: int = 5) -> None:
-    """The nodes with the largest averaged scores, by each method: what there is to see where AP was not run."""
+def error_at(found: dict, node: str, summary: dict) -> str:
+    """As in "+14.1 at B1, layer 0"."""
+    position = cut(summary["labels"][found["group"]][found["position"]].strip(), 12)
+    kind = "neuron" if node == "neuron" else "head"
+    part = "" if found["part"] is None else f", {kind} {found['part']}"
+    return f"{found['error']:+#.3g} at {position}, layer {found['layer']}{part}"
+
+
+def print_strongest(scores: dict, methods: list, nodes: list[str], pairs: list[Pair]) -> None:
+    """The five nodes with the largest averaged scores, by each method: what there is to see where AP was not run."""
     labels, at = overlay(pairs)
     for method in methods:
-        ranked = []
-        for node in nodes:
-            values = laid_over(scores[method.name, node], at)
-            ranked += [(float(values[index]), node, *index) for index in np.ndindex(values.shape)]
-        ranked.sort(key=lambda entry: -abs(entry[0]))
         print(f"  the strongest nodes by {method.label}, mean over the prompts:")
-        for value, node, layer, position, *part in ranked[:k]:
-            print(f"    {node + str(part or ''):18} layer {layer:<3} {labels[position].strip():10} {value:9.3f}")
+        means = {node: laid_over(scores[method.name, node], at) for node in nodes}
+        for node, layer, _, label, part, score in strongest(means, labels, 5):
+            name = node if part is None else f"{node}[{part}]"
+            print(f"    {name:18} layer {layer:<3} {label.strip():10} {score:9.3f}")
     if legend(labels):
-        print(f"    ({legend(labels)})")
-    print("  activation patching tells how far these can be trusted: add ap to --methods, or --verify 10")
+        print_text(f"({legend(labels)})")
+    print("  activation patching tells how far these can be trusted: add ap to --methods")
 
 
-def print_overview(reports: list[NodeReport], methods: list[Method], nodes: list[str]) -> None:
-    """The paper's Table 5: a line per model, the methods side by side for each node kind."""
-    each = max(10, *(2 + len(m.label) for m in methods))
-    width, first = each * len(methods), max(20, 2 + max(len(r.model) for r in reports))
-    print(f"\n{'PCC with AP':{first}}" + "".join(f"{node:>{width}}" for node in nodes))
-    print(" " * first + "".join(f"{m.label:>{each}}" for m in methods) * len(nodes))
-    for r in reports:
-        numbers = [r.pcc[m.name][node]["averaged"] for node in nodes for m in methods]
-        print(f"{r.model:{first}}" + "".join(f"{number:{each}.3f}" for number in numbers))
+def print_overview(reports: list[dict], methods: list, nodes: list[str]) -> None:
+    """The paper's Table 5: a row for each model, a column for each kind of node and method. reports: summaries."""
+    columns = [(node, method) for node in nodes for method in methods]
+    rows = [("", [f" {node}" for node, _ in columns]), ("PCC with AP", [f" {cut(m.label, 20)}" for _, m in columns])]
+    for summary in reports:
+        numbers = [summary["agreement"][method.name][node]["averaged"][0] for node, method in columns]
+        rows.append((cut(summary["model"]), [short(number) for number in numbers]))
+    print()
+    print_columns(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Circuits
+
+
+def print_structure(name: str, s: Structure, labels: dict[str, str], metric: str) -> None:
+    """One structure: does the model do the task, and the strongest units. labels: {method: label}."""
+    print(f"\n  {name} (held-out pairs; the mean is of the discovery pairs)")
+    print_task(s.accuracy, metric, s.discovery)
+    size, faithful = s.chosen["size"], s.chosen["faithfulness"]
+    print(f"  {size} units from layer {s.first_layer} on have a faithfulness of {faithful:.2f}")
+    print(f"  the strongest by {cut(labels[s.main])}:")
+    rows = [("layer, node, unit, position", [*(cut(labels[m]) for m in s.features), "fires most on"])]
+    for unit in s.strongest:
+        numbers = [f"{score:6.3f}" for score in unit["scores"].values()]
+        prompts = ", ".join(f"{text.strip()!r} {value:.1f}" for text, value in unit["fires_most_on"][:1])
+        place = f"{unit['layer']} {unit['node']} {unit['unit']} {unit['role'].strip()}"
+        rows.append((cut(place), [*numbers, cut(prompts, 50)]))
+    print_columns(rows)
+    if legend(s.roles):
+        print_text(f"({legend(s.roles)})")
+
+
+def print_circuits(summary: dict, methods: list) -> None:
+    """The averages over all structures: what the methods cost, and how faithful and complete their circuits are."""
+    labels = {method.name: cut(method.label) for method in methods}
+    structures = list(summary["structures"].values())
+    costs = {"forward": "7.0f", "backward": "8.0f", "seconds": "7.2f"}
+    rows = [("mean of the structures", [*costs, " PCC with AP", " rank", " slope"])]
+    for method, label in labels.items():
+        numbers = [f"{np.mean([s['cost'][method][what] for s in structures]):{form}}" for what, form in costs.items()]
+        agreements = [s["agreement"][method] for s in structures if method in s["agreement"]]
+        if agreements:
+            each = [(of["averaged"][0], of["rank"], of["slope"][0]) for of in agreements]
+            numbers += [short(value) for value in np.mean(each, axis=0)]
+        rows.append((label, numbers))
+    print()
+    print_columns(rows)
+    for measure in MEASURES:
+        heads = [*(f"{n:>5}" for n in SIZES), f" mean, {SIZES[0]} to {SIZES[-1]}"]
+        rows = [(f"{measure}, circuits of so many units", heads)]
+        for variant, (title, *_) in VARIANTS.items():
+            rows.append((title, []))
+            for method, of in summary[measure][variant].items():
+                rows.append((labels[method], [*(f"{of['sizes'][n][0]:5.2f}" for n in SIZES), short(*of["mean"])]))
+            for pair, of in summary["differences"].get(variant, {}).items():
+                label = " - ".join(cut(labels[method], 18) for method in pair.split(" - "))
+                rows.append((label, [*[""] * len(SIZES), short(*of[measure], sign="+")]))
+        print()
+        print_columns(rows)

@@ -6,11 +6,12 @@ The ids are those of `transformers`, without special tokens around them.
 import json
 import re
 import unicodedata
+from pathlib import Path
 
 import regex  # tiktoken brings it
 import tiktoken
 
-from models import MissingFile, fetch, first_line, quote, read_json
+from models import first_line, folder_of, read_json
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM2 first cuts out each digit. A run of spaces then ends at a digit as at the end of the text.
@@ -28,12 +29,13 @@ def load_tokenizer(name: str) -> "ByteLevel | Library":
     """The tokenizer of a model that from_pretrained knows by this name.
 
     It has bos_id (of BOS, else of EOS, else None), n_vocab (1 + the largest id), encode, encode_after and decode.
-    MissingFile if the checkpoint has none. ValueError if its file cannot be read.
+    NoTokenizer if the checkpoint has none. ValueError if its file cannot be read.
     """
-    config = read(name, "tokenizer_config.json") or {}
-    file, spec = "tokenizer.json", read(name, "tokenizer.json")
+    folder = folder_of(name)
+    config = read(folder / "tokenizer_config.json") or {}
+    file, spec = "tokenizer.json", read(folder / "tokenizer.json")
     if spec is None:
-        file, spec = "vocab.json or merges.txt", gpt2_spec(name, config)
+        file, spec = "vocab.json or merges.txt", gpt2_spec(name, folder, config)
     try:
         parts = byte_level(spec)
         tokenizer = ByteLevel(spec, *parts) if parts else Library(spec)
@@ -46,28 +48,29 @@ def load_tokenizer(name: str) -> "ByteLevel | Library":
     named = [config.get("bos_token"), config.get("eos_token")]
     named = [token.get("content") if isinstance(token, dict) else token for token in named]
     if odd := [token for token in named if not isinstance(token, str | None)]:
-        raise ValueError(f"{name}: tokenizer_config.json must give bos_token and eos_token as text, got {quote(odd)}")
+        raise ValueError(f"{name}: tokenizer_config.json must give bos_token and eos_token as text, got {odd!r:.80}")
     known = [token for token in (*named, *WELL_KNOWN_BOS) if token in tokenizer.id_of]
     tokenizer.bos_id = tokenizer.id_of[known[0]] if known else None
     return tokenizer
 
 
-def read(name: str, file: str) -> dict | None:
-    try:
-        return read_json(fetch(name, file))
-    except MissingFile:
-        return None
+class NoTokenizer(ValueError):
+    """A checkpoint has no tokenizer."""
 
 
-def gpt2_spec(name: str, config: dict) -> dict:
+def read(file: Path) -> dict | None:
+    return read_json(file) if file.exists() else None
+
+
+def gpt2_spec(name: str, folder: Path, config: dict) -> dict:
     """What a tokenizer.json would say, from GPT-2's vocab.json and merges.txt."""
-    vocab = read(name, "vocab.json")
-    if vocab is None:
-        raise MissingFile(f"{name} has no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    vocab, merges = read(folder / "vocab.json"), folder / "merges.txt"
+    if vocab is None or not merges.exists():
+        raise NoTokenizer(f"{name} has no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
     owner = str(config.get("tokenizer_class") or "GPT2Tokenizer")
     if not owner.startswith("GPT2"):  # others share the two files' format, but not GPT-2's pattern
         raise ValueError(f"{name}: a {owner} needs tokenizer.json; vocab.json and merges.txt say too little")
-    lines = fetch(name, "merges.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = merges.read_text(encoding="utf-8", errors="replace").split("\n")
     model = {"vocab": vocab, "merges": [line for line in lines if line and not line.startswith("#version")]}
     added = [{"content": token, "id": vocab[token]} for token in ("<|endoftext|>",) if token in vocab]
     return {"model": model, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": added}
@@ -151,7 +154,7 @@ class ByteLevel:
             part = unicodedata.normalize("NFC", part) if self.nfc else part
             ranks = self.bpe.encode_ordinary(part)
             if self.bpe.decode_bytes(ranks) != part.encode():
-                raise ValueError(f"the tokenizer's pattern leaves out a part of {quote(part)}")
+                raise ValueError(f"the tokenizer's pattern leaves out a part of {part!r:.80}")
             ids += [self.id_of_rank[rank] for rank in ranks]
         return ids
 

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ def refused(run, tmp_path):
     def call(*arguments):
         code, out, err = run(*arguments)
         assert code == 2 and len(err) == 1 and err[0].startswith("evaluate.py: error: "), err
-        assert not list((tmp_path / "out").rglob("s*.*"))  # no scores.npz, no summary.json
+        assert not list((tmp_path / "out").glob("*/s*.*"))  # no scores.npz, no summary.json
         return err[0]
 
     return call
@@ -32,16 +31,14 @@ def refused(run, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--nodes", "resid_pre,resid_mud"], ["node", "resid_mud", "resid_mid"]),
-    (["--nodes", ""], ["node", "''"]),
-    (["--nodes", "mlp"], ["node", "'mlp'"]),
+    (["--nodes", ""], ["--nodes", "empty"]),
     (["--methods", "ap,lime"], ["method", "lime", "relp"]),
+    (["--methods", "ln+epsilon=0"], ["epsilon", "0"]),
     (["--rules", "ln,magic"], ["rule", "magic", "identity"]),
-    (["--rules", "epsilon"], ["epsilon", "number"]),
+    (["--rules", "epsilon"], ["epsilon=X"]),
     (["--rules", "epsilon=-1"], ["epsilon", "-1"]),
     (["--rules", "gamma=nan"], ["gamma", "nan"]),
     (["--rules", "epsilon=1,gamma=1"], ["epsilon", "gamma"]),
-    (["--rules", "ln=2"], ["ln=2"]),
-    (["--rules", "paper,ah"], ["paper"]),
     (["--metric", "loss"], ["metric", "loss", "prob_diff"]),
     (["--corruption", "noise"], ["corruption", "noise", "s2"]),
     (["--dtype", "int8"], ["dtype", "int8", "bfloat16"]),
@@ -49,29 +46,34 @@ def refused(run, tmp_path):
     (["--device", "cuda:99"], ["device", "cuda:99"]),
     (["--device", "meta"], ["device", "meta"]),
     (["--pairs", "0"], ["--pairs", "0"]),
-    (["--pairs", "-3"], ["--pairs", "-3"]),
-    (["--pairs", "100000000"], ["n must be", "100000000"]),
+    (["--pairs", "100000000"], ["100000000"]),
     (["--pairs", "abc"], ["--pairs", "abc"]),
     (["--seed", "1.5"], ["--seed", "1.5"]),
+    (["--seed", "-1"], ["--seed", "-1"]),
     (["--batch-size", "0"], ["--batch-size", "0"]),
     (["--batch-size", "many"], ["--batch-size", "many"]),
-    (["--task", "sums"], ["task", "sums", "ioi", "sva"]),
+    (["--batch-size", "9" * 30], ["--batch-size", "2147483647"]),
+    (["--steps", "0"], ["--steps", "0"]),
+    (["--task", "edges"], ["--task", "edges", "ioi", "sva"]),
     (["--prompts", "no-such-file.jsonl"], ["no-such-file.jsonl"]),
     (["--prompts", "."], ["directory"]),
+    (["--prompts", ""], ["--prompts", "empty"]),
     (["--frobnicate"], ["--frobnicate"]),
-    (["--prompts", ""], ["--prompts", "''"]),
-    (["--seed", str(2**64)], ["--seed", "2^64"]),
-    (["--seed", str(-(2**63) - 1)], ["--seed", "-2^63"]),
-    (["--batch-size", "9" * 30], ["--batch-size", "2147483647"]),
-    (["--device", "hpu"], ["device", "hpu"]),
-    (["--device", "privateuseone"], ["device", "privateuseone"]),
-    (["--rules", "ln,gamma=1e308"], ["gamma", "1e+308", "1e12"]),
-    (["--rules", "epsilon=1e-46"], ["epsilon", "1e-46", "1e-12"]),
-    (["--rules", "temperature=1e-320"], ["temperature", "1e-12"]),
-    (["--methods", "ln+epsilon=0"], ["ln+epsilon=0", "positive number"]),
-    (["--methods", "epsilon=1+gamma=1"], ["epsilon=1+gamma=1", "choose one"]),
+    (["--pair", "3"], ["--pair"]),  # no abbreviations
+    (["--shard"], ["--shard", "torchrun"]),
+    (["--held-out", "5"], ["--held-out", "no meaning with --task ioi"]),
+    (["--structures", "simple"], ["--structures", "no meaning with --task ioi"]),
+    (["--task", "sva", "--corruption", "s2"], ["--corruption", "no meaning with --task sva"]),
+    (["--task", "sva", "--shard"], ["--shard", "no meaning with --task sva"]),
+    (["--task", "sva", "--metric", "kl"], ["kl", "no meaning with --task sva"]),
+    (["--task", "sva", "--methods", "ap,atp*"], ["atp*", "no meaning with --task sva"]),
+    (["--model", "toy-neox", "--task", "sva", "--structures", "simple,hard"], ["structure", "hard", "across_pp"]),
     (["--task", "sva", "--thresholds", "1e-4,1,1000000000000"], ["--thresholds", "up to 1000"]),
-    (["--task", "sva", "--saes", "x" * 5000], ["no SAEs at"]),
+    (["--task", "sva", "--thresholds", "1,2"], ["--thresholds", "LOW,HIGH,COUNT"]),
+    (["--task", "sva"], ["no sparse autoencoders are known for", "--saes"]),
+    (["--task", "sva", "--saes", "x" * 5000], ["SAE"]),
+    (["--prompts", "x.jsonl", "--corruption", "s2"], ["--corruption", "no meaning with --prompts"]),
+    (["--task", "sva", "--prompts", "x.jsonl", "--structures", "simple"], ["--structures", "--prompts"]),
 ], ids=label)  # fmt: skip
 def test_arguments(arguments, words, tiny, refused):
     message = refused("--model", tiny["gpt2"], *arguments)
@@ -110,20 +112,10 @@ def test_long_names(refused):
     assert "unknown model" in refused("--model", "a\0b")
 
 
-def test_a_bug_is_called_one(tiny, run, monkeypatch, tmp_path):
-    """Exit code 1, a line, and the traceback in a file; the next model is still run."""
-    evaluate_nodes, times = evaluate.EXPERIMENTS["ioi"], []
-
-    def once(*args):
-        times.append(args)
-        return 1 / 0 if len(times) == 1 else evaluate_nodes(*args)
-
-    monkeypatch.setattr(evaluate, "EXPERIMENTS", {"ioi": once})
-    code, out, err = run("--model", tiny["gpt2"], tiny["gemma2"], "--pairs", 3, "--no-plot", "--methods", "atp")
-    assert code == 1 and len(err) == 1 and "this is a bug; the traceback is in" in err[0]
-    text = Path(err[0].split()[-1]).read_text()
-    assert "ZeroDivisionError" in text and "in once" in text
-    assert (tmp_path / "out" / "gemma2-ioi" / "scores.npz").exists()
+def test_a_bug_of_ours_is_a_traceback(tiny, run, monkeypatch):
+    monkeypatch.setitem(evaluate.EXPERIMENTS, "ioi", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("--model", tiny["gpt2"])
 
 
 @pytest.mark.parametrize(
@@ -133,8 +125,8 @@ def test_out_of_memory(error, tiny, refused, monkeypatch):
     def experiment(*_):
         raise error
 
-    monkeypatch.setattr(evaluate, "EXPERIMENTS", {"ioi": experiment})
-    assert "gpt2: out of memory; try a smaller --batch-size" in refused("--model", tiny["gpt2"])
+    monkeypatch.setitem(evaluate.EXPERIMENTS, "ioi", experiment)
+    assert "out of memory; try a smaller --batch-size" in refused("--model", tiny["gpt2"])
 
 
 def test_text_without_a_tokenizer(tiny, refused, tmp_path):
@@ -142,13 +134,6 @@ def test_text_without_a_tokenizer(tiny, refused, tmp_path):
     (tmp_path / "mute" / "tokenizer.json").unlink()
     assert "tokenizer" in refused("--model", tmp_path / "mute")
     assert "tokenizer" in refused("--model", tmp_path / "mute", "--prompts", jsonl(tmp_path / "text.jsonl", TEXT))
-
-
-def test_one_mistake_is_one_line_however_many_models(tiny, refused, tmp_path):
-    both = ["--model", tiny["gpt2"], tiny["gemma2"]]
-    assert "missing.jsonl" in refused(*both, "--prompts", tmp_path / "missing.jsonl")
-    assert "line 1" in refused(*both, "--prompts", jsonl(tmp_path / "bad.jsonl", "{"))
-    assert "n must be" in refused(*both, "--pairs", "100000000")
 
 
 def test_two_models_with_one_name_do_not_overwrite_each_other(tiny, refused, tmp_path):
@@ -245,35 +230,21 @@ def pickled(state):
     return change
 
 
-def index(text):
-    def change(folder):
-        (folder / "model.safetensors").unlink()
-        (folder / "model.safetensors.index.json").write_text(text)
-
-    return change
+def one_shard_of_two(folder):
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    some = {name: x for name, x in whole.items() if "h.1" not in name}
+    save_file(some, folder / "model-00001-of-00002.safetensors")
 
 
 WTE = "transformer.wte.weight"
-
-
-def odd(folder, change):
-    weights = load_file(folder / "model.safetensors")
-    return weights | {WTE: change(weights[WTE])}
-
-
-def quantized(x):
-    return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
-
-
-def nested(x):
-    return torch.nested.nested_tensor(list(x))
 
 
 @pytest.mark.parametrize("change, words", [
     (lambda folder: shutil.rmtree(folder), ["unknown model"]),
     (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
     (lambda folder: (folder / "model.safetensors").unlink(), ["no weights"]),
-    (config(model_type="bert"), ["bert", "gpt2", "llama"]),
+    (config(model_type="bert"), ["bert", "gpt2", "llama", "qwen3"]),
     (config(model_type=...), ["model_type"]),
     (config(model_type=["gpt2"]), ["model_type"]),
     (config(n_head=...), ["n_head"]),
@@ -281,60 +252,34 @@ def nested(x):
     (config(n_head=3), ["config.json"]),
     (config(n_head="two"), ["type"]),
     (config(n_layer=0), ["n_layers = 0"]),
-    (config(n_layer=-1), ["n_layers = -1"]),
     (config(n_layer=2.5), ["type"]),
-    (config(n_layer=3), ["lacks", "transformer.h.2"]),
-    (config(n_layer=1), ["unexpected", "transformer.h.1"]),
-    (config(n_embd=-16), ["d_model = -16"]),
+    (config(n_layer=3), ["Missing", "blocks.2"]),
+    (config(n_layer=1), ["Unexpected", "blocks.1"]),
     (config(activation_function="mish"), ["mish", "gelu_new"]),
-    (config(activation_function=["gelu"]), ["activation"]),
     (config(layer_norm_epsilon="small"), ["eps = 'small'"]),
     (config(tie_word_embeddings="no"), ["tied = 'no'"]),
-    (config(vocab_size=100), [WTE, "100"]),
-    (config(n_embd=10**9), ["n_embd = 1000000000"]),
-    (config(vocab_size=10**18), ["vocabulary = 1000000000000000000", "numbers"]),
-    (config(n_positions=10**18), ["positions", "numbers"]),
-    (config(n_inner=10**18), ["d_mlp", "numbers"]),
-    (config(n_layer=10**12), ["n_layer", "10000"]),
-    (config(n_layer=9999), ["9999 layers", "tensors"]),
-    (config(layer_norm_epsilon=10**400), ["eps", "..."]),
+    (config(vocab_size=100), ["embed_tokens.weight", "[100, 16]"]),
+    (config(scale_attn_by_inverse_layer_idx=True), ["scale_attn_by_inverse_layer_idx", "not supported"]),
     (content("config.json", "{not json"), ["config.json", "line 1 column 2"]),
-    (content("config.json", "[]"), ["config.json", "object"]),
+    (content("config.json", "[]"), ["model_type"]),
     (content("config.json", b"\xff\xfe{"), ["config.json"]),
     (content("config.json", ""), ["config.json"]),
-    (content("config.json", "[" * 100_000), ["config.json"]),
     (cut, ["model.safetensors", "corrupt"]),
     (weights(b""), ["model.safetensors", "corrupt"]),
     (weights(b"\xff" * 1000), ["model.safetensors", "corrupt"]),
-    (weights("<html>not found</html>"), ["model.safetensors", "corrupt"]),
     (weights("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"), ["model.safetensors", "corrupt"]),
-    (tensors(lambda t: {k: v for k, v in t.items() if k != WTE}), ["lacks", WTE]),
-    (tensors(lambda t: t | {"transformer.extra": torch.ones(1)}), ["unexpected", "transformer.extra"]),
-    (tensors(lambda t: t | {WTE: torch.ones(3, 16)}), [WTE, "[3, 16]"]),
+    (one_shard_of_two, ["Missing", "blocks.1"]),
+    (tensors(lambda t: {k: v for k, v in t.items() if k != WTE}), ["Missing", "embed_tokens.weight"]),
+    (tensors(lambda t: t | {"transformer.extra": torch.ones(1)}), ["Unexpected", "transformer.extra"]),
+    (tensors(lambda t: t | {WTE: torch.ones(3, 16)}), ["embed_tokens.weight", "[3, 16]"]),
     (tensors(lambda t: t | {WTE: torch.full_like(t[WTE], torch.nan)}), ["not finite"]),
-    (tensors(lambda t: t | {"wte.weight": t[WTE] + 1}), ["gives twice", "wte.weight"]),
-    (tensors(lambda t: t | {WTE: t[WTE].to(torch.complex64)}), [WTE, "ordinary floating-point"]),
-    (tensors(lambda t: t | {WTE: t[WTE].to(torch.int8)}), [WTE, "ordinary floating-point"]),
-    (index('{"weight_map": {"a": "../model.safetensors"}}'), ["outside", "'../model.safetensors'"]),
-    (index('{"weight_map": {"a": "/etc/passwd"}}'), ["outside", "/etc/passwd"]),
-    (index("{}"), ["weight_map"]),
-    (index("no json"), ["index.json"]),
-    (index('{"weight_map": {"a": "gone.safetensors"}}'), ["gone.safetensors"]),
-    (index('{"weight_map": {"a": 1}}'), ["index.json"]),
-    (index('{"weight_map": {"a": ["b"]}}'), ["index.json"]),
-    (index('{"weight_map": {}}'), ["index.json"]),
-    (pickled([torch.ones(2)]), ["pytorch_model.bin"]),
-    (pickled({WTE: "a string"}), ["pytorch_model.bin"]),
-    (pickled({7: torch.ones(2)}), ["pytorch_model.bin"]),
-    (pickled({"model": {WTE: torch.ones(2)}}), ["pytorch_model.bin"]),
-    (pickled(b""), ["pytorch_model.bin"]),
-    (pickled(b"PK\x03\x04" * 50), ["pytorch_model.bin"]),
-    (pickled(b"\x80\x02}q\x00."), ["pytorch_model.bin"]),
-    (pickled(b"<html></html>"), ["pytorch_model.bin"]),
-    (lambda folder: pickled(odd(folder, lambda x: x.to_sparse()))(folder), [WTE, "ordinary"]),
-    (lambda folder: pickled(odd(folder, lambda x: x.to("meta")))(folder), [WTE, "ordinary"]),
-    (lambda folder: pickled(odd(folder, quantized))(folder), [WTE, "ordinary"]),
-    (lambda folder: pickled(odd(folder, nested))(folder), ["pytorch_model.bin"]),
+    (tensors(lambda t: t | {WTE: t[WTE].to(torch.int8)}), ["embed_tokens.weight", "quantized"]),
+    (pickled([torch.ones(2)]), ["weights"]),
+    (pickled({WTE: "a string"}), ["weights"]),
+    (pickled({"model": {WTE: torch.ones(2)}}), ["weights"]),
+    (pickled(b""), ["pytorch_model.bin", "corrupt"]),
+    (pickled(b"PK\x03\x04" * 50), ["pytorch_model.bin", "corrupt"]),
+    (pickled(b"<html></html>"), ["pytorch_model.bin", "corrupt"]),
     (content("tokenizer.json", "{}"), ["tokenizer.json"]),
     (content("tokenizer.json", "oops"), ["tokenizer.json"]),
     (content("tokenizer.json", '{"model": {"type": "WordPiece", "vocab": {"a": 0}}}'), ["cannot be read"]),
@@ -359,14 +304,10 @@ def test_checkpoints(change, words, broken):
 
 
 @pytest.mark.parametrize("fields", [
-    {"num_key_value_heads": 3}, {"layer_types": ["full_attention"]}, {"rope_parameters": "fast"},
+    {"num_key_value_heads": 3}, {"layer_types": ["full_attention"]}, {"rope_parameters": "fast"}, {"head_dim": 7},
     {"sliding_window": "wide"}, {"query_pre_attn_scalar": 0}, {"rope_parameters": {"rope_type": "linear"}},
-    {"rope_parameters": {"rope_theta": "big"}}, {"head_dim": 7}, {"attn_logit_softcapping": "x"},
-    {"hidden_size": 10**12}, {"num_hidden_layers": None}, {"head_dim": 10**9}, {"sliding_window": 10**30},
-    {"final_logit_softcapping": 10**400}, {"layer_types": ["full_attention", "chunked_attention"]},
-    {"rope_parameters": {"partial_rotary_factor": 1e9}}, {"rope_parameters": {"partial_rotary_factor": "x"}},
-    {"intermediate_size": 10**18}, {"rms_norm_eps": 10**30},
-    {"head_dim": None, "num_attention_heads": 1e-30},
+    {"rope_parameters": {"rope_theta": "big"}}, {"attn_logit_softcapping": "x"}, {"num_hidden_layers": None},
+    {"layer_types": ["full_attention", "chunked_attention"]},
 ], ids=str)  # fmt: skip
 def test_configurations(fields, tiny, refused, tmp_path):
     shutil.copytree(tiny["gemma2"], tmp_path / "broken")
@@ -374,14 +315,12 @@ def test_configurations(fields, tiny, refused, tmp_path):
     refused("--model", tmp_path / "broken", "--pairs", 3)
 
 
-def test_ids_that_the_model_does_not_have(tiny, broken):
+def test_ids_that_the_model_does_not_have(tiny, refused, tmp_path):
     """A tokenizer that is larger than the model's vocabulary, as when special tokens were added."""
-
-    def shrink(folder):
-        config(vocab_size=270)(folder)
-        tensors(lambda t: t | {WTE: t[WTE][:270].clone()})(folder)
-
-    assert "token ids must lie in 0..269" in broken(shrink)
+    shutil.copytree(tiny["gpt2"], tmp_path / "small")
+    config(vocab_size=270)(tmp_path / "small")
+    tensors(lambda t: t | {WTE: t[WTE][:270].clone()})(tmp_path / "small")
+    assert "token ids must lie in 0..269" in refused("--model", tmp_path / "small", "--pairs", 3)
 
 
 def test_pickles(tiny, run, refused, tmp_path):
@@ -430,11 +369,11 @@ def test_damaged_weights(kind, tiny, tmp_path):
             models.from_pretrained(str(folder))
         except ValueError as error:
             refusals += 1
-            assert "\n" not in str(error) and "damaged" in str(error)
+            assert "\n" not in str(error)
     assert refusals > 30
 
 
 def test_no_network(refused, monkeypatch, tmp_path):
     with client(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache"):  # the discard port: closed
-        assert "openai-community/gpt2" in (message := refused("--model", "gpt2")) and "network" in message
+        assert "openai-community/gpt2 cannot be downloaded" in refused("--model", "gpt2")
     assert "'gpt5'" in refused("--model", "gpt5")

@@ -1,38 +1,34 @@
-"""Circuits: mean ablation against its definition, the statistics recomputed by hand, and the command --task sva.
+"""Circuits: mean ablation against its definition, the statistics recomputed by hand, and what --task sva writes.
 
 The command runs on the toy GPT-NeoX model and its SAEs, with few prompts.
 """
+# ruff: noqa: F811 (fixtures that are imported)
 
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import VOCAB
-from test_evaluate import jsonl, label, run  # noqa: F401, the fixture
-from test_saes import random_sae, write_saelens
+from test_evaluate import jsonl, run  # noqa: F401, the fixture
+from test_saes import random_sae
 
-import evaluate
 import models
 import relp
 import tasks
-from beyond.methods import method as method_of
-from support import circuit_figures, circuits
-from support.prompts import read_pairs, split
+from support import circuits, figures, tables
+from support.circuits import Found, Runs, Structure
+from support.prompts import read_pairs, split, tensors
 from support.results import without_nan
 from support.saes import load_saes
-from support.statistics import estimate, resamples
+from support.statistics import resamples
 from support.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
-SAES = ROOT / "toy" / "saes" / "neox"
+SAES = Path(__file__).parents[1] / "toy" / "saes" / "neox"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mean ablation, on random models of every kind
@@ -118,7 +114,7 @@ def test_circuits_are_their_definition(name, kind, checkpoint, prompts):
     def run_circuit(circuit):
         return relp.run_circuit(model, original, answers, saes, means, circuit)
 
-    full = relp.compare(model, original, original, answers, ())[0]
+    full = relp.read_out(model, model.stream(original), answers).detach()
     whole, empty = (run_circuit(filled(means, value)) for value in (1, 0))
     assert torch.equal(whole, full)  # exactly, so that the faithfulness of everything is 1
     assert relp.faithfulness(whole, full, empty) == 1 and relp.faithfulness(empty, full, empty) == 0
@@ -127,7 +123,7 @@ def test_circuits_are_their_definition(name, kind, checkpoint, prompts):
     _, acts = relp.record(model, patch, {node for node, _ in saes})
 
     def at_mean(node, layer, x):
-        return acts[node, layer].mean(0).expand_as(x) if (node, layer) in saes else x
+        return acts[node, layer].mean(0).view(x.shape[1:]).expand_as(x) if (node, layer) in saes else x
 
     with torch.no_grad():
         wanted = relp.logit_diff(model(original, hook=at_mean)[:, -1], answers)
@@ -219,12 +215,6 @@ def test_curves_at_other_sizes():
     assert circuits.at_sizes(values[:1], [30], [1, 100]).tolist() == [[1, 10], [1, 10]]
 
 
-def test_an_interval_is_of_the_resamples_only():
-    values = torch.cat([torch.tensor([500.0]), torch.arange(1001).flip(0)]).double()
-    assert estimate(values) == pytest.approx([500, 25, 975])
-    assert estimate(torch.tensor([math.nan, 1.0, 1.0]))[1:] == (1, 1)
-
-
 def test_json_has_no_nan_in_lists_either():
     nan, inf = math.nan, math.inf
     assert without_nan({"a": [1.0, nan, [inf, "x"]], "b": {"c": [{"d": -inf}]}}) == {
@@ -233,10 +223,249 @@ def test_json_has_no_nan_in_lists_either():
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command, in a process of its own
+METHODS = ["ap", "atp", "relp", "ig"]
 
-METHODS = {"atp": {}, "relp": {"lrp": True}, "ig": {"steps": 10}}
+
+@pytest.fixture
+def structures():
+    """Two structures with random runs and scores; the sizes of circuits repeat, and end at 0."""
+    g, made = torch.Generator().manual_seed(0), {}
+    for name, first in (("one", 1), ("other", 0)):
+        pairs = [pair((i // 2, 9), (i // 2, 8)) for i in range(12)]  # each of six pairs twice
+        full, empty = (torch.randn(12, generator=g, dtype=torch.float64) for _ in range(2))
+        runs = {}
+        for variant in circuits.VARIANTS:
+            of = runs[variant] = {}
+            for i, method in enumerate(METHODS):
+                values = (torch.rand(6, 12, generator=g, dtype=torch.float64) * 5 for _ in range(2))
+                of[method] = Runs([400 + i, 120, 30, 30, 4, 0], *values, empty - 5)
+        shapes = {("attn_out", 0): (2, 7), ("mlp_out", 1): (2, 5), ("resid_post", 1): (2, 40)}
+        scores = {m: {key: torch.rand(shape, generator=g) - 0.5 for key, shape in shapes.items()} for m in METHODS}
+        cost = {m: {"forward": 2 + i, "backward": i, "seconds": 0.5 * i} for i, m in enumerate(METHODS)}
+        each = {
+            m: {key: x + 0.2 * torch.rand(12, *x.shape, generator=g) for key, x in of.items()}
+            for m, of in scores.items()
+        }
+        s = made[name] = Structure(
+            held_out=pairs,
+            roles=["N1", "V"],
+            found=Found({"features": scores}, cost, circuits.agreement_of_units(each, pairs, 0)),
+            accuracy={"original": 1.0, "patch": 0.9},
+            discovery={"original": 2.5, "patch": -1.5},
+            total_effect=4.0,
+            thresholds=[0.01, 0.1, 0.2, 0.3, 0.4, 0.45],
+            full=full + 5,
+            first_layer=first,
+            runs=runs,
+        )
+        s.chosen = circuits.choose(s)
+        units = circuits.ranked(s.features[s.main])[:4]
+        s.strongest = [circuits.describe(unit, s) | {"fires_most_on": [["The dogs", 3.25]]} for unit in units]
+    return made
+
+
+def ratio(runs, full, empty, w):
+    """Faithfulness of one circuit for one resample; the number of pairs cancels."""
+    of_run, of_full, of_empty = (float((x * w).sum()) for x in (runs, full, empty))
+    return (of_run - of_empty) / (of_full - of_empty)
+
+
+def test_averages_differences_and_intervals_by_hand(structures):
+    summary = circuits.summarise(structures, seed=3)
+    weights = {name: circuits.resamples_of_prompts(s.held_out, 3)[:40] for name, s in structures.items()}
+    measures = {"faithfulness": "circuit", "completeness": "complement"}
+
+    def curves(s, name, variant, method, measure):  # [weights, thresholds]
+        runs = s.runs[variant][method]
+        left = getattr(runs, measures[measure])
+        return np.array([[ratio(x, s.full, runs.empty, w) for x in left] for w in weights[name]])
+
+    for variant in circuits.VARIANTS:
+        for measure in measures:
+            of_methods = {}
+            for method in METHODS:
+                each = []
+                for name, s in structures.items():
+                    values = curves(s, name, variant, method, measure)
+                    got = summary["structures"][name]["curves"][variant][method]
+                    assert got["sizes"] == s.runs[variant][method].sizes
+                    assert [e.value for e in got[measure]] == pytest.approx(values[0])
+                    x = np.log1p(np.array(got["sizes"])[[5, 4, 2, 1, 0]])  # equal sizes are one circuit
+                    grid = np.log1p([*np.geomspace(10, 300, 30), 10, 30, 100, 300])
+                    each.append([np.interp(grid, x, row[[5, 4, 2, 1, 0]]) for row in values])
+                of_methods[method] = np.mean(each, axis=0)
+                got = summary[measure][variant][method]
+                assert got["mean"].value == pytest.approx(of_methods[method][0, :30].mean())
+                at = [got["sizes"][size].value for size in (10, 30, 100, 300)]
+                assert at == pytest.approx(of_methods[method][0, 30:])
+            for other in ("atp", "ig"):
+                got = summary["differences"][variant][f"relp - {other}"][measure]
+                assert got.value == pytest.approx(float((of_methods["relp"] - of_methods[other])[0, :30].mean()))
+                assert got.low < got.value < got.high
+            assert summary["differences"][variant].keys() == {"relp - atp", "relp - ig"}
+
+    # intervals, of the same resamples
+    s = structures["one"]
+    weights = {"one": circuits.resamples_of_prompts(s.held_out, 3)}
+    values = curves(s, "one", "features", "atp", "faithfulness")[:, 1]
+    got = summary["structures"]["one"]["curves"]["features"]["atp"]["faithfulness"][1]
+    assert got == pytest.approx((values[0], *np.quantile(values[1:], [0.025, 0.975])))
+
+
+def test_agreement_with_ap_by_hand(structures):
+    """Over the units that some method scores."""
+    g, pairs = torch.Generator().manual_seed(1), structures["one"].held_out
+    scores = {m: {("z", i): torch.randn(12, 2, 3, generator=g) for i in range(2)} for m in ("ap", "relp", "atp")}
+    for of in scores.values():
+        of["z", 1][:, 0] = 0  # no method scores these three units
+    scores["relp"]["z", 0][:, 1] = 0  # AP does score these
+    got = circuits.agreement_of_units(scores, pairs, 0)
+    keep = [0, 1, 2, 3, 4, 5, 9, 10, 11]
+    flat = {m: torch.cat([x.flatten(1) for x in of.values()], 1)[:, keep].mean(0) for m, of in scores.items()}
+    assert got.keys() == {"relp", "atp"}
+    for method, of in got.items():
+        s, a = flat[method].double(), flat["ap"].double()
+        assert (
+            of["averaged"].value == pytest.approx(np.corrcoef(s, a)[0, 1]) and of["averaged"].low < of["averaged"].high
+        )
+        assert of["slope"].value == pytest.approx(float(s @ a / (a @ a)))
+    ranks = [[sorted(x).index(v) for v in x] for x in (flat["atp"].tolist(), flat["ap"].tolist())]
+    assert got["atp"]["rank"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+
+
+def test_the_circuit_that_is_drawn(structures):
+    """The smallest of the main method that reaches a faithfulness of 0.8, with its units in the judged layers."""
+    s = structures["one"]
+    runs = s.runs["features"]["relp"]
+    target = float(runs.empty.mean() + 0.9 * (s.full.mean() - runs.empty.mean()))
+    for faithful, k in (([1, 1, 1, 0, 1, 0], 4), ([1, 1, 0, 0, 0, 0], 1), ([0] * 6, 0)):
+        rows = torch.tensor([[target if yes else 0.0] * 12 for yes in faithful], dtype=torch.float64)
+        s.runs["features"]["relp"] = runs._replace(circuit=rows)
+        chosen = circuits.choose(s)
+        threshold = s.thresholds[k]
+        assert (chosen["method"], chosen["threshold"], chosen["size"]) == ("relp", threshold, runs.sizes[k])
+        assert chosen["faithfulness"] == pytest.approx(0.9 if faithful[k] else chosen["faithfulness"])
+        strong = {
+            ((node, layer), pos, i): abs(score)
+            for (node, layer), of_node in s.features["relp"].items()
+            if layer >= 1
+            for pos, row in enumerate(of_node.tolist())
+            for i, score in enumerate(row)
+            if abs(score) > threshold
+        }
+        assert chosen["units"] == sorted(strong, key=lambda unit: -strong[unit])
+    assert circuits.choose(structures["other"])["units"][0][0][1] in (0, 1)
+    del s.found.scores["features"]["relp"]
+    assert s.main == "atp"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and figures
+
+LABELS = {"ap": "AP", "atp": "AtP", "relp": "RelP", "ig": "IG"}
+
+
+def numbers(text):
+    return [float(x) for x in text.replace("[", " ").replace("]", " ").split()]
+
+
+def test_tables_show_the_numbers_of_the_summary(structures, capsys):
+    s, summary = structures["one"], circuits.summarise(structures, 0)
+    tables.print_structure("one", s, LABELS, "logit_diff")
+    lines = capsys.readouterr().out.splitlines()
+    text = "\n".join(lines)
+    assert "right on 100% of the original and 90% of the patch prompts; mean logit_diff +2.500 and -1.500" in text
+    assert (
+        f"{s.chosen['size']} units from layer 1 on have a" in text
+        and "strongest by RelP:" in text
+        and "WARNING" not in text
+    )
+    rows = [line for line in lines if "'The dogs' 3.2" in line]
+    for row, unit in zip(rows, s.strongest, strict=True):
+        assert row.split()[:4] == [str(unit["layer"]), unit["node"], str(unit["unit"]), unit["role"]]
+        assert row.split()[4:8] == [f"{x:.3f}" for x in unit["scores"].values()]
+
+    methods = [SimpleNamespace(name=name, label=label) for name, label in LABELS.items()]
+    tables.print_circuits(summary, methods)
+    lines = capsys.readouterr().out.splitlines()
+    costs = [line for line in lines if line.startswith("  RelP  ")][0]
+    of = [structure["agreement"]["relp"] for structure in summary["structures"].values()]
+    wanted = [np.mean([x["averaged"].value for x in of]), np.mean([x["rank"] for x in of])]
+    assert numbers(costs[6:]) == pytest.approx([4, 2, 1.0, *wanted, np.mean([x["slope"].value for x in of])], abs=6e-4)
+    for measure in circuits.MEASURES:
+        first = next(i for i, line in enumerate(lines) if line.startswith(f"  {measure}, circuits"))
+        rest = iter(lines[first + 1 :])
+        for variant, (title, *_) in circuits.VARIANTS.items():
+            assert next(rest) == f"  {title}"
+            for method, label in LABELS.items():
+                row, got = next(rest), summary[measure][variant][method]
+                assert row.startswith(f"  {label}  ")
+                wanted = [*(round(x.value, 2) for x in got["sizes"].values()), *got["mean"]]
+                assert numbers(row[6:]) == pytest.approx(wanted, abs=6e-4)
+            for other in ("atp", "ig"):
+                row, got = next(rest), summary["differences"][variant][f"relp - {other}"][measure]
+                assert row.startswith(f"  RelP - {LABELS[other]}  ")
+                assert numbers(row[12:]) == pytest.approx(list(got), abs=6e-4)
+
+
+def test_tables_with_long_names_are_not_wide(structures, capsys):
+    labels = {name: f"{label}, ln+identity+half+ah+epsilon=1e-4" for name, label in LABELS.items()}
+    structures["one"].strongest[0]["fires_most_on"] = [["The lawyers " * 9, 3.0]]
+    tables.print_structure("one", structures["one"], labels, "logit_diff")
+    methods = [SimpleNamespace(name=name, label=label) for name, label in labels.items()]
+    tables.print_circuits(circuits.summarise(structures, 0), methods)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+
+
+def test_faithfulness_figure(structures):
+    figure = figures.faithfulness("toy", structures, LABELS, "logit_diff", 0)
+    axes = np.array(figure.axes).reshape(2, 4)
+    assert [ax.get_title() for ax in axes[0]] == [variant.label for variant in circuits.VARIANTS.values()]
+    for row, measure in zip(axes, circuits.MEASURES):
+        for ax, variant in zip(row, circuits.VARIANTS):
+            faint = iter([line for line in ax.lines if line.get_alpha() == 0.25])
+            bold = iter([line for line in ax.lines if line.get_linewidth() == 2])
+            for method in METHODS:
+                each = []
+                for s in structures.values():
+                    values = circuits.curve(s, variant, method, measure, torch.ones(1, 12, dtype=torch.float64))
+                    assert next(faint).get_ydata() == pytest.approx(values[:, 0].numpy())
+                    each.append((values, s.runs[variant][method].sizes))
+                line = next(bold)
+                mean = np.mean([circuits.at_sizes(*of, line.get_xdata())[:, 0].numpy() for of in each], axis=0)
+                assert line.get_ydata() == pytest.approx(mean) and line.get_color() == figures.COLORS[method]
+
+
+def test_the_units_that_are_drawn(structures):
+    """Of each node and position the first few, and how many more there are; none in a layer that is not judged."""
+    structures["other"].first_layer = 1  # as in "one"
+    structures["other"].chosen = circuits.choose(structures["other"])
+    figure = figures.circuits("toy", structures, LABELS)
+    for (name, s), ax in zip(structures.items(), figure.axes, strict=True):
+        scores, cells = s.features["relp"], {}
+        for key, pos, i in s.chosen["units"]:
+            cells.setdefault((key, pos), []).append("err" if i == scores[key].shape[1] - 1 else str(i))
+        wanted, more = Counter(), []
+        for ((node, layer), _), units_there in cells.items():
+            wanted.update((f"{layer} {node}", text) for text in units_there[: figures.PER_CELL])
+            more += [f"+{len(units_there) - figures.PER_CELL}"] * (len(units_there) > figures.PER_CELL)
+        rows = [text.get_text() for text in ax.get_yticklabels()]
+        assert rows == ["1 mlp_out", "1 resid_post"]
+        texts = [(rows[round(text.xy[1])], text.get_text()) for text in ax.texts]
+        assert Counter(text for text in texts if text[1][0] != "+") == wanted and more
+        assert sorted(text for _, text in texts if text[0] == "+") == sorted(more)
+        points = [tuple(point) for of in ax.collections for point in of.get_offsets()]
+        assert len(points) + sum(map(int, more)) == len(s.chosen["units"])
+        assert sorted(points) == sorted(text.xy for text in ax.texts if text.get_text()[0] != "+")
+        errors = sum(text == "err" for _, text in texts)
+        assert [len(of.get_offsets()) for of in ax.collections] == [len(points) - errors, errors] and errors
+        assert f"{name}: {s.chosen['size']} units from layer {s.first_layer} on" in ax.get_title()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+OPTIONS = {"atp": {}, "relp": {"lrp": True}, "ig": {"steps": 10}}
 STRUCTURE = "within_rc"
 
 
@@ -246,400 +475,110 @@ def read(folder, structure=STRUCTURE):
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """(stdout, folder of the results) of the small command, started where no other file of the project is."""
-    where = tmp_path_factory.mktemp("command")
-    arguments = f"--task sva --pairs 20 --held-out 10 --structures {STRUCTURE} --methods atp,relp,ig --top 4".split()
-    done = subprocess.run(
-        [sys.executable, ROOT / "evaluate.py", *arguments],
-        cwd=where,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [path.name for path in where.iterdir()] == ["results"]
-    return done.stdout, where / "results" / "toy-neox-sva"
-
-
-@pytest.fixture(scope="module")
 def toy():
     """model, its SAEs, its tokenizer"""
     model = models.from_pretrained("toy-neox")
     return model, load_saes(str(SAES), model), load_tokenizer("toy-neox")
 
 
-def tensors(pairs):
-    return [torch.tensor([getattr(p, part) for p in pairs]) for part in ("original", "patch", "answers")]
-
-
-@pytest.fixture(scope="module")
-def averages(toy):
-    """{method: {(name, layer): [pos, units]}}: relp's scores averaged over the command's discovery pairs."""
-    model, saes, tokenizer = toy
-    pairs = tensors(tasks.sva(tokenizer, STRUCTURE, 20, 10, seed=0)[0])
-    return {
-        method: {key: v.mean(0) for key, v in relp.attribute_features(model, *pairs, saes, **options).items()}
-        for method, options in METHODS.items()
-    }
-
-
-def test_files(command):
-    _, folder = command
-    assert {p.name for p in folder.iterdir()} == {
-        "summary.json",
-        f"circuit-{STRUCTURE}.json",
-        "faithfulness.png",
-        "circuits.png",
-    }
-    for picture in folder.glob("*.png"):
-        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
-
-
-def test_the_units_of_a_file_are_those_that_score(command, toy, averages):
-    circuit, _ = read(command[1])
-    lowest, listed = circuit["thresholds"][0], {}
-    for unit in circuit["nodes"]:
-        key, pos, i = (unit["node"], unit["layer"]), unit["position"], unit["unit"]
-        listed[key, pos, -1 if i == "error" else i] = unit["scores"]
-        assert unit["role"] == circuit["roles"][pos]
-    assert len(listed) == len(circuit["nodes"]) > 300
-    for (key, pos, i), scores in listed.items():
-        wanted = {method: float(of_method[key][pos, i]) for method, of_method in averages.items()}
-        assert scores == pytest.approx(wanted, abs=1e-5, rel=1e-4)
-    strengths = [abs(scores["relp"]) for scores in listed.values()]
-    assert strengths == sorted(strengths, reverse=True) and strengths[-1] > lowest
-    strong = sum(int((v.abs() > lowest).sum()) for v in averages["relp"].values())
-    assert abs(strong - len(listed)) <= 2  # rounding at the threshold
-    assert any(i == -1 for *_, i in listed) and {layer for ((_, layer), *_) in listed} == {0, 1, 2, 3}
-
-    assert circuit["structure"] == STRUCTURE and circuit["roles"] == "BOS The N1 that the N2".split()
-    original, patch, _ = relp.compare(toy[0], *tensors(tasks.sva(toy[2], STRUCTURE, 20, 10)[0]), ())
-    assert circuit["total_effect"] == pytest.approx(abs(float(original.mean() - patch.mean())), rel=1e-5)
-    assert circuit["thresholds"] == pytest.approx(circuit["total_effect"] * np.geomspace(1e-4, 1, 15))
-    assert circuit["first_layer_judged"] == 1  # a third of four layers
-
-
-# Which nodes' errors each variant does without: said here again, rather than taken from circuits.VARIANTS
-REMOVED_ERRORS = {
-    "features": [],
-    "no_errors": ["attn_out", "mlp_out", "resid_pre", "resid_post"],
-    "no_sublayer_errors": ["attn_out", "mlp_out"],
-    "no_resid_errors": ["resid_pre", "resid_post"],
-}
-
-
-def circuit_at(scores, threshold, variant, complement=False):
-    chosen = {key: (v.abs() > threshold) ^ complement for key, v in scores.items() if key[1] >= 1}
-    for (node, _), c in chosen.items():
-        c[:, -1] &= node not in REMOVED_ERRORS[variant]
-    return chosen
-
-
-@pytest.fixture(scope="module")
-def raw(command, toy, averages):
-    """raw(variant, method) -> sizes, and the metric of each held-out pair.
-
-    The metric: full [n], empty [n], of the circuits and of their complements [thresholds, n].
-    """
-    (model, saes, tokenizer), kept = toy, {}
-    thresholds = read(command[1])[0]["thresholds"]
-    original, patch, answers = tensors(tasks.sva(tokenizer, STRUCTURE, 20, 10)[1])
-    judged = {key: sae for key, sae in saes.items() if key[1] >= 1}
-    means = relp.unit_means(model, patch, judged)
-    nothing = {key: torch.zeros(original.shape[1], len(sae.W_dec) + 1, dtype=torch.bool) for key, sae in judged.items()}
-
-    def run_circuit(circuit):
-        return ablated(model, original, answers, judged, means, circuit).double()
-
-    def runs(variant, method):
-        if (variant, method) not in kept:
-            inside = [circuit_at(averages[method], t, variant) for t in thresholds]
-            outside = [circuit_at(averages[method], t, variant, complement=True) for t in thresholds]
-            kept[variant, method] = (
-                [sum(int(c.sum()) for c in circuit.values()) for circuit in inside],
-                relp.logit_diff(model(original)[:, -1], answers).detach().double(),
-                run_circuit(nothing),
-                torch.stack([run_circuit(c) for c in inside]),
-                torch.stack([run_circuit(c) for c in outside]),
-            )
-        return kept[variant, method]
-
-    return runs
-
-
-CASES = [("features", method) for method in METHODS]
-CASES += [(variant, "relp") for variant in ("no_errors", "no_sublayer_errors", "no_resid_errors")]
-
-
-@pytest.mark.parametrize("variant, method", CASES)
-def test_faithfulness_and_completeness_by_hand(variant, method, command, raw):
-    """Sizes and curves of the file, from a circuit's definition and runs in which the means are put in step by step."""
-    circuit, summary = read(command[1])
-    got = circuit["circuits"][variant][method]
-    sizes, full, empty, inside, outside = raw(variant, method)
-    assert got["sizes"] == pytest.approx(sizes, abs=1)  # a score may round to either side of a threshold
-    assert sizes[0] > 200 and got["sizes"] == sorted(got["sizes"], reverse=True)
-    scale = full.mean() - empty.mean()
-    for name, runs in (("faithfulness", inside), ("completeness", outside)):
-        wanted = ((runs.mean(1) - empty.mean()) / scale).tolist()
-        assert got[name] == pytest.approx(wanted, abs=2e-3)
-        curves = summary["structures"][STRUCTURE]["curves"][variant][method]
-        assert [value for value, *_ in curves[name]] == pytest.approx(got[name])
-        assert all(low <= high for _, low, high in curves[name])
-    if got["sizes"][-1] == 0:
-        assert got["faithfulness"][-1] == 0 and (variant != "features" or got["completeness"][-1] == 1)
-
-
-def test_averages_differences_and_intervals_by_hand(command, raw, toy):
-    _, summary = read(command[1])
-    weights = circuits.resamples_of_prompts(tasks.sva(toy[2], STRUCTURE, 20, 10)[1], seed=0).numpy()
-
-    def mean_over_sizes(method, of, grid):
-        sizes, full, empty, *both = raw("features", method)
-        curves = []
-        for w in weights:  # the mean of the resampled pairs; their number cancels
-            of_full, of_empty, of_runs = (runs.numpy() @ w for runs in (full, empty, both[of]))
-            y = (of_runs - of_empty) / (of_full - of_empty)
-            curves.append(np.interp(np.log1p(grid), np.log1p(sizes[::-1]), y[::-1]))
-        return np.array(curves)
-
-    def interval(values):
-        return [values[0], *np.quantile(values[1:], [0.025, 0.975])]
-
-    for of, name in enumerate(("faithfulness", "completeness")):
-        mean = {m: mean_over_sizes(m, of, np.geomspace(10, 300, 30)).mean(1) for m in METHODS}
-        for method in METHODS:
-            got = summary[name]["features"][method]
-            assert got["mean"] == pytest.approx(interval(mean[method]), abs=2e-3)
-            at = mean_over_sizes(method, of, np.array([10, 30, 100, 300]))
-            for j, size in enumerate(("10", "30", "100", "300")):
-                assert got["sizes"][size] == pytest.approx(interval(at[:, j]), abs=1e-2)
-        assert summary["differences"]["features"].keys() == {"relp - atp", "relp - ig"}
-        for other in ("atp", "ig"):
-            got = summary["differences"]["features"][f"relp - {other}"][name]
-            assert got == pytest.approx(interval(mean["relp"] - mean[other]), abs=2e-3)
-            assert got[0] != 0
-
-
-def test_neuron_circuits_by_hand(command, toy):
-    """Sizes from the scores' definition: (x_patch - x_original) times rho, dimension by dimension."""
-    circuit, _ = read(command[1])
-    model, saes, tokenizer = toy
-    discovery = tensors(tasks.sva(tokenizer, STRUCTURE, 20, 10)[0])
-    for variant, keys in (("neurons", list(saes)), ("mlp_neurons", [("mlp_hidden", i) for i in range(4)])):
-        runs = relp.propagate(model, *discovery, keys, lrp=True)
-        scores = {key: ((after - before) * rho).mean(0) for key, (before, after, rho) in runs.items() if key[1] >= 1}
-        sizes = [sum(int((v.abs() > t).sum()) for v in scores.values()) for t in circuit["thresholds"]]
-        got = circuit["circuits"][variant]["relp"]
-        assert got["sizes"] == pytest.approx(sizes, abs=2) and got["sizes"][0] > 300
-        assert got["faithfulness"][0] == pytest.approx(1, abs=0.05)
-
-
-def test_costs(command):
-    _, summary = read(command[1])
-    cost = summary["structures"][STRUCTURE]["cost"]
-    assert {m: (c["forward"], c["backward"]) for m, c in cost.items()} == {
-        "atp": (2, 1),
-        "relp": (2, 1),
-        "ig": (2 + 10 * 13, 10 * 13),
-    }
-    assert all(c["seconds"] > 0 for c in cost.values()) and cost["ig"]["seconds"] > cost["relp"]["seconds"]
-
-
-def test_strongest_units_and_what_they_fire_on(command, toy):
-    circuit, _ = read(command[1])
-    model, saes, tokenizer = toy
-    assert len(circuit["strongest"]) == 4
-    for unit, same in zip(circuit["strongest"], circuit["nodes"]):
-        fires = dict(unit.pop("fires_most_on"))
-        assert unit == same
-        key, fired = (unit["node"], unit["layer"]), {}
-        for p in tasks.sva(tokenizer, STRUCTURE, 20, 10)[1]:
-            for prompt in (p.original, p.patch):
-                x = relp.record(model, torch.tensor([prompt]), {unit["node"]})[1][key]
-                f = encode(saes[key], x)[0, unit["position"]]
-                fired[tokenizer.decode(list(prompt[1:]))] = float(f[unit["unit"]])
-        most = sorted(fired, key=fired.get, reverse=True)[:3]
-        assert fires == pytest.approx({text: fired[text] for text in most if fired[text] > 0}, rel=1e-4)
-
-
-def test_the_circuit_that_is_drawn(command):
-    """The smallest of the main method that reaches a faithfulness of 0.8."""
-    circuit, _ = read(command[1])
-    drawn, relp_circuits = circuit["drawn"], circuit["circuits"]["features"]["relp"]
-    faithful = relp_circuits["faithfulness"]
-    k = max(k for k, f in enumerate(faithful) if f >= 0.8)
-    assert drawn == {
-        "method": "relp",
-        "threshold": circuit["thresholds"][k],
-        "size": relp_circuits["sizes"][k],
-        "faithfulness": faithful[k],
-    }
-
-
-def test_tables_show_the_numbers_of_the_summary(command):
-    out, folder = command
-    circuit, summary = read(folder)
-    lines = out.splitlines()
-    for variant, (title, *_) in circuits.VARIANTS.items():
-        first = next(i for i, line in enumerate(lines) if line.startswith(f"  {title}  "))
-        for line, method in zip(lines[first:], METHODS):
-            assert line[28:36].strip() == method_of(method).label
-            left, right = line[36:].split("|")
-            numbers = [float(x) for x in left.replace("[", " ").replace("]", " ").split()]
-            faithful, complete = (summary[name][variant][method] for name in ("faithfulness", "completeness"))
-            at = [value for value, *_ in faithful["sizes"].values()]
-            assert numbers == pytest.approx([*at, *faithful["mean"]], abs=6e-3)
-            at = [value for value, *_ in complete["sizes"].values()]
-            assert [float(x) for x in right.split()] == pytest.approx(at, abs=6e-3)
-    head = next(line for line in lines if "units from layer 1 on, found by RelP" in line)
-    assert f"{circuit['drawn']['size']} units" in head and f"{circuit['drawn']['faithfulness']:.2f}" in head
-    rows = lines[lines.index(head) + 2 :][:4]
-    for row, unit in zip(rows, circuit["strongest"]):
-        wanted = [str(unit["layer"]), unit["node"], str(unit["unit"]), unit["role"]]
-        assert row.split()[:7] == wanted + [f"{s:.3f}" for s in unit["scores"].values()]
-    assert "WARNING" not in out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Its options, with few pairs and nothing drawn
-
-
-BASE = ["--pairs", 6, "--held-out", 4, "--structures", "across_pp", "--methods", "relp", "--thresholds", "1e-3,1,5"]
-
-
 @pytest.fixture
-def quick(run, tmp_path):  # noqa: F811
-    """quick(*arguments) -> (circuit-across_pp.json, summary.json) of a run that succeeds without a word on stderr."""
+def quick(run, tmp_path):
+    """quick(*arguments) -> (circuit-<structure>.json, summary.json) of a run that ends well."""
 
-    def call(*arguments, folder="toy-neox-sva", structure="across_pp"):
-        base = [a for a in BASE if "--prompts" not in arguments or a not in ("--structures", "across_pp")]
-        code, _, err = run("--task", "sva", *base, "--no-plot", *arguments)
+    def call(*arguments, structure=STRUCTURE):
+        base = ["--pairs", 20, "--held-out", 10, "--thresholds", "1e-3,1,9", "--no-plot"]
+        base += [] if "--prompts" in arguments else ["--structures", structure]
+        code, _, err = run("--task", "sva", *base, *arguments)
         assert (code, err) == (0, [])
-        assert not list((tmp_path / "out").rglob("*.png"))
-        return read(tmp_path / "out" / folder, structure)
+        (folder,) = (tmp_path / "out").glob("toy-neox-*")
+        return read(folder, structure)
 
     return call
 
 
-def without_time(summary):
-    for structure in summary["structures"].values():
-        for cost in structure["cost"].values():
-            del cost["seconds"]
-    return {key: value for key, value in summary.items() if key != "arguments"}
+def circuit_at(scores, threshold, variant, complement=False):
+    """{key: bool [pos, units]} of the judged layers; errors are in neither part if the variant has none."""
+    chosen = {key: (v.abs() > threshold) ^ complement for key, v in scores.items() if key[1] >= 1}
+    for c in chosen.values():
+        c[:, -1] &= variant == "features"
+    return chosen
 
 
-def units(circuit):
-    return {(u["node"], u["layer"], u["position"], u["unit"]): u["scores"]["relp"] for u in circuit["nodes"]}
+def test_circuits_by_hand(quick, toy):
+    """Units, sizes and curves of the files, from the definitions; the units' texts; what the methods cost."""
+    circuit, summary = quick("--methods", "atp,relp,ig", "--top", 4)
+    (model, saes, tokenizer), structure = toy, summary["structures"][STRUCTURE]
+    discovery, held_out = tasks.sva(tokenizer, STRUCTURE, 20, 10)
+    of_methods = {
+        method: {k: v.mean(0) for k, v in relp.attribute_features(model, *tensors(discovery), saes, **options).items()}
+        for method, options in OPTIONS.items()
+    }
 
+    # the units of the file
+    lowest, listed = circuit["thresholds"][0], {}
+    for unit in circuit["nodes"]:
+        listed[(unit["node"], unit["layer"]), unit["position"], unit["unit"]] = unit["scores"]
+        assert unit["role"] == circuit["roles"][unit["position"]]
+    assert len(listed) == len(circuit["nodes"]) > 100
+    for (key, pos, i), scores in listed.items():
+        wanted = {m: float(of[key][pos, -1 if i == "error" else i]) for m, of in of_methods.items()}
+        assert scores == pytest.approx(wanted, abs=1e-5, rel=1e-4)
+    strengths = [abs(scores["relp"]) for scores in listed.values()]
+    assert strengths == sorted(strengths, reverse=True) and strengths[-1] > lowest
+    strong = sum(int((v.abs() > lowest).sum()) for v in of_methods["relp"].values())
+    assert abs(strong - len(listed)) <= 2  # rounding at the threshold
+    values = [float(relp.logit_diff(model(x)[:, -1], tensors(discovery)[2]).mean()) for x in tensors(discovery)[:2]]
+    assert circuit["total_effect"] == pytest.approx(abs(values[0] - values[1]), rel=1e-5)
+    assert circuit["thresholds"] == pytest.approx(circuit["total_effect"] * np.geomspace(1e-3, 1, 9))
+    assert circuit["first_layer_judged"] == 1  # a third of four layers
 
-def test_the_same_command_gives_the_same_numbers(quick):
-    runs = [quick("--seed", seed) for seed in (1, 1, 2)]
-    assert runs[0][0] == runs[1][0] and without_time(runs[0][1]) == without_time(runs[1][1])
-    assert runs[0][0]["total_effect"] != runs[2][0]["total_effect"]
-
-
-def test_batch_size_does_not_matter(quick):
-    (one, a), (other, b) = quick(), quick("--batch-size", 4)
-    assert units(one) == pytest.approx(units(other), abs=1e-5, rel=1e-4)
-    costs = [summary["structures"]["across_pp"]["cost"]["relp"] for summary in (a, b)]
-    assert costs[0]["forward"] == costs[1]["forward"]
-
-
-def test_positions_summed(quick):
-    """A unit's score is the sum over positions, and it is in at all of them or at none. --top lists it once."""
-    apart, _ = quick("--thresholds", "1e-9,1,9")
-    circuit, _ = quick("--sum-positions", "--top", 5)
-    n_pos, sums = len(apart["roles"]), {}
-    for (node, layer, _, i), score in units(apart).items():
-        sums[node, layer, i] = sums.get((node, layer, i), 0) + score
-    got, lowest = units(circuit), circuit["thresholds"][0]
-    assert {(node, layer, i) for node, layer, _, i in got} == {u for u, score in sums.items() if abs(score) > lowest}
-    assert len(got) == n_pos * len({(node, layer, i) for node, layer, _, i in got})
-    for (node, layer, _, i), score in got.items():
-        assert score == pytest.approx(sums[node, layer, i], abs=1e-4, rel=1e-3)
-    assert all(size % n_pos == 0 for size in circuit["circuits"]["features"]["relp"]["sizes"])
-    listed = [(u["node"], u["layer"], u["unit"]) for u in circuit["strongest"]]
-    assert listed == sorted(sums, key=lambda u: -abs(sums[u]))[:5] and len(set(listed)) == 5
-    assert all(u["role"] == "all" and u["fires_most_on"] for u in circuit["strongest"])
-
-
-@pytest.mark.parametrize("of", ["held-out", "discovery"])
-def test_means(of, quick, toy):
-    """Units are ablated to their means over the patch prompts of the held-out or of the discovery pairs."""
-    circuit, _ = quick("--means", of)
-    model, saes, tokenizer = toy
-    discovery, held_out = (tensors(pairs) for pairs in tasks.sva(tokenizer, "across_pp", 6, 4))
-    scores = relp.attribute_features(model, *discovery, saes, lrp=True)
-    scores = {key: v.mean(0) for key, v in scores.items()}
+    # sizes and curves
+    original, patch, answers = tensors(held_out)
     judged = {key: sae for key, sae in saes.items() if key[1] >= 1}
-    original, patch, answers = held_out
-    means = relp.unit_means(model, patch if of == "held-out" else discovery[1], judged)
-    chosen = circuit_at(scores, circuit["thresholds"][1], "features")
-    full = relp.logit_diff(model(original)[:, -1], answers)
-    runs = [ablated(model, original, answers, judged, means, c) for c in (chosen, filled(means, 0))]
-    wanted = float(relp.faithfulness(runs[0], full, runs[1]))
-    assert circuit["circuits"]["features"]["relp"]["faithfulness"][1] == pytest.approx(wanted, abs=2e-3)
+    means = relp.unit_means(model, patch, judged)
+    full = relp.logit_diff(model(original)[:, -1], answers).detach()
+    empty = ablated(model, original, answers, judged, means, filled(means, 0))
+    for variant in ("features", "no_errors"):
+        got = structure["curves"][variant]["relp"]
+        for k, threshold in enumerate(circuit["thresholds"]):
+            inside, outside = (circuit_at(of_methods["relp"], threshold, variant, part) for part in (False, True))
+            assert got["sizes"][k] == pytest.approx(sum(int(c.sum()) for c in inside.values()), abs=1)
+            for measure, of in (("faithfulness", inside), ("completeness", outside)):
+                value = ablated(model, original, answers, judged, means, of)
+                wanted = float((value.mean() - empty.mean()) / (full.mean() - empty.mean()))
+                assert got[measure][k][0] == pytest.approx(wanted, abs=2e-3)
+    drawn, of_relp = circuit["drawn"], structure["curves"]["features"]["relp"]
+    k = max(k for k, (value, *_) in enumerate(of_relp["faithfulness"]) if value >= 0.8)
+    assert (drawn["method"], drawn["size"]) == ("relp", of_relp["sizes"][k])
+
+    # the strongest units, and what they fire on
+    assert [{k: v for k, v in unit.items() if k != "fires_most_on"} for unit in circuit["strongest"]] == circuit[
+        "nodes"
+    ][:4]
+    for unit in circuit["strongest"]:
+        key, fired = (unit["node"], unit["layer"]), {}
+        for prompt in {prompt for p in held_out for prompt in (p.original, p.patch)}:
+            x = relp.record(model, torch.tensor([prompt]), {unit["node"]})[1][key].flatten(2)
+            f = encode(saes[key], x)[0, unit["position"]]
+            fired[tokenizer.decode(list(prompt[1:]))] = float(f[unit["unit"]])
+        most = sorted(fired, key=fired.get, reverse=True)[:3]
+        assert dict(unit["fires_most_on"]) == pytest.approx({text: fired[text] for text in most}, rel=1e-4)
+
+    assert (structure["cost"]["relp"]["forward"], structure["cost"]["relp"]["backward"]) == (2, 1)
+    assert structure["cost"]["ig"]["backward"] >= 10 * len(saes) and structure["agreement"] == {}
 
 
-def test_metric_and_thresholds(quick, toy):
-    logits, _ = quick()
-    circuit, summary = quick("--metric", "prob_diff", "--thresholds", "0.003,0.3,3")
+def test_neuron_circuits_by_hand(quick, toy):
+    """Sizes from the scores' definition: (x_patch - x_original) times rho, dimension by dimension."""
+    circuit, summary = quick("--methods", "relp")
     model, saes, tokenizer = toy
-    discovery = tensors(tasks.sva(tokenizer, "across_pp", 6, 4)[0])
-    original, patch, _ = relp.compare(model, *discovery, (), relp.prob_diff)
-    effect = abs(float(original.mean() - patch.mean()))
-    assert circuit["total_effect"] == pytest.approx(effect, rel=1e-5) and effect < 2 < logits["total_effect"]
-    assert circuit["thresholds"] == pytest.approx([0.003 * effect, 0.03 * effect, 0.3 * effect])
-    assert logits["thresholds"] == pytest.approx(logits["total_effect"] * np.geomspace(1e-3, 1, 5))
-    assert len(circuit["circuits"]["features"]["relp"]["sizes"]) == 3
-    scores = relp.attribute_features(model, *discovery, saes, relp.prob_diff, lrp=True)
-    for (node, layer, pos, i), score in units(circuit).items():
-        wanted = scores[node, layer].mean(0)[pos, -1 if i == "error" else i]
-        assert score == pytest.approx(float(wanted), abs=1e-6, rel=1e-3)
-    found = summary["structures"]["across_pp"]["discovery"]
-    assert found["original"] == pytest.approx(float(original.mean()), rel=1e-5)
-
-
-def test_nodes(quick):
-    circuit, _ = quick("--nodes", "attn_out,mlp_out")
-    assert {u["node"] for u in circuit["nodes"]} == {"attn_out", "mlp_out"}
-    assert circuit["circuits"]["no_errors"] == circuit["circuits"]["no_sublayer_errors"]
-    assert circuit["circuits"]["no_resid_errors"] == circuit["circuits"]["features"]
-
-
-def test_what_is_run(quick, monkeypatch):
-    """Every circuit that is run: nested, its complement the rest, no layer of the first third, the variant's errors."""
-    ran, run_circuit = [], relp.run_circuit
-
-    def noted(model, tokens, answers, saes, means, circuit, metric):
-        ran.append(circuit)
-        return run_circuit(model, tokens, answers, saes, means, circuit, metric)
-
-    monkeypatch.setattr(relp, "run_circuit", noted)
-    circuit, _ = quick()
-    n_layers, ran = 4, iter(ran)
-    for variant, of in circuit["circuits"].items():
-        sizes = of["relp"]["sizes"]
-        assert len(set(sizes)) >= 3 and sizes[0] > 20
-        assert not any(c.any() for c in next(ran).values())  # everything ablated
-        larger = None
-        for size in dict.fromkeys(sizes):  # circuits of equal size are equal, and run once
-            now, rest = next(ran), next(ran)
-            assert {layer for _, layer in now} == set(range(1, n_layers)) and now.keys() == rest.keys()
-            nodes = {"mlp_hidden"} if variant == "mlp_neurons" else {"attn_out", "mlp_out", "resid_post"}
-            assert {node for node, _ in now} == nodes
-            assert sum(int(c.sum()) for c in now.values()) == size
-            for (node, layer), c in now.items():
-                assert (c[:, :-1] ^ rest[node, layer][:, :-1]).all()  # each feature is in one of the two
-                assert larger is None or not (c & ~larger[node, layer]).any()
-                removed = "neurons" not in variant and node in REMOVED_ERRORS[variant]
-                either = c[:, -1] ^ rest[node, layer][:, -1]
-                assert not (c[:, -1] | rest[node, layer][:, -1]).any() if removed else either.all()
-            larger = now
-    assert next(ran, None) is None
+    discovery = tensors(tasks.sva(tokenizer, STRUCTURE, 20, 10)[0])
+    for variant, keys in (("neurons", list(saes)), ("mlp_neurons", [("mlp_hidden", i) for i in range(4)])):
+        acts, patch_acts, rho = relp.activations_and_rho(model, *discovery, {node for node, _ in keys}, lrp=True)
+        scores = [((patch_acts[key] - acts[key]) * rho[key]).mean(0) for key in keys if key[1] >= 1]
+        sizes = [sum(int((v.abs() > t).sum()) for v in scores) for t in circuit["thresholds"]]
+        got = summary["structures"][STRUCTURE]["curves"][variant]["relp"]
+        assert got["sizes"] == pytest.approx(sizes, abs=2) and got["sizes"][0] > 100
 
 
 def test_prompts_from_a_file(quick, toy, tmp_path):
@@ -656,245 +595,45 @@ def test_prompts_from_a_file(quick, toy, tmp_path):
         {**rows[0], "clean_answer": " remembers"},
         {**rows[0], "clean_prefix": "The athlete", "patch_prefix": "The athletes"},  # another length
     ]
-    # without --structures, which a file has no use for
-    arguments = ["--prompts", jsonl(tmp_path / "nouns.jsonl", *rows), "--pairs", 10]
-    circuit, summary = quick(*arguments, folder="toy-neox-nouns", structure="nouns")
+    file = jsonl(tmp_path / "nouns.jsonl", *rows)
+    circuit, summary = quick("--prompts", file, "--pairs", 10, "--held-out", 4, "--methods", "relp", structure="nouns")
     assert circuit["structure"] == "nouns" and list(summary["structures"]) == ["nouns"]
-    # words where they do not change
     assert [r.strip() for r in circuit["roles"][1:]] == ["The", "pos 2", "near", "the", "pos 5"]
     model, saes, tokenizer = toy
     discovery, _ = split(read_pairs(good, tokenizer), 10, 4, 0)
     scores = relp.attribute_features(model, *tensors(discovery), saes, lrp=True)
-    assert units(circuit)
-    for (node, layer, pos, i), score in units(circuit).items():
-        wanted = scores[node, layer].mean(0)[pos, -1 if i == "error" else i]
-        assert score == pytest.approx(float(wanted), abs=1e-5, rel=1e-3)
-
-
-def test_figures_of_several_structures(run, tmp_path):  # noqa: F811
-    arguments = ["--structures", "simple,within_rc,across_pp", "--nodes", "attn_out"]
-    code, out, err = run("--task", "sva", *BASE, *arguments)
-    folder = tmp_path / "out" / "toy-neox-sva"
-    assert (code, err) == (0, []) and len(list(folder.glob("circuit-*.json"))) == 3
-    assert {p.name for p in folder.glob("*.png")} == {"faithfulness.png", "circuits.png"}
-    # the averages are over the structures
-    _, summary = read(folder, "simple")
-    grid, means = np.geomspace(10, 300, 30), []
-    for structure in summary["structures"].values():
-        c = structure["curves"]["features"]["relp"]
-        sizes, values = np.array(c["sizes"])[::-1], np.array(c["faithfulness"])[::-1, 0]
-        means.append(np.interp(np.log1p(grid), np.log1p(sizes), values).mean())
-    assert summary["faithfulness"]["features"]["relp"]["mean"][0] == pytest.approx(np.mean(means), abs=1e-9)
-    assert len(set(means)) == 3
-
-
-def test_the_units_that_are_drawn(run, monkeypatch):  # noqa: F811
-    """Exactly those that the chosen circuit counts, so none in the layers that are not judged."""
-    drawn, draw = [], circuit_figures.circuits
-
-    def noted(title, structures, labels):
-        drawn.append((structures, draw(title, structures, labels)))
-        return drawn[0][1]
-
-    monkeypatch.setattr(circuit_figures, "circuits", noted)
-    code, _, err = run("--task", "sva", *BASE, "--structures", "simple,across_pp")
-    assert (code, err) == (0, [])
-    (structures, figure), *others = drawn
-    assert list(structures) == ["simple", "across_pp"] and not others
-    for (name, s), ax in zip(structures.items(), figure.axes):
-        scores, threshold = s.features["relp"], s.chosen.threshold
-        strong = {
-            (key, pos, i): abs(score)
-            for key, of_node in scores.items()
-            for pos, row in enumerate(of_node.tolist())
-            for i, score in enumerate(row)
-            if abs(score) > threshold
-        }
-        judged = {unit: size for unit, size in strong.items() if unit[0][1] >= 1}
-        assert s.first_layer == 1 and 20 < len(judged) < len(strong)  # there are some in layer 0
-        assert set(s.chosen.units) == judged.keys() and len(s.chosen.units) == len(judged) == s.chosen.size
-        sizes = [judged[unit] for unit in s.chosen.units]
-        assert sizes == sorted(sizes, reverse=True)
-
-        # what the figure shows: of each node and position the first few, and how many more there are
-        cells, wanted, more = {}, Counter(), []
-        for key, pos, i in s.chosen.units:
-            cells.setdefault((key, pos), []).append("err" if i == scores[key].shape[1] - 1 else str(i))
-        for ((node, layer), _), units_there in cells.items():
-            shown = units_there[: circuit_figures.PER_CELL]
-            wanted.update((f"{layer} {node}", text) for text in shown)
-            more += [f"+{len(units_there) - len(shown)}"] * (len(units_there) > len(shown))
-        rows = [text.get_text() for text in ax.get_yticklabels()]
-        texts = [(rows[round(text.xy[1])], text.get_text()) for text in ax.texts]
-        assert Counter(text for text in texts if text[1][0] != "+") == wanted
-        assert sorted(text for _, text in texts if text[0] == "+") == sorted(more)
-        assert len(ax.collections) + sum(int(text) for text in more) == s.chosen.size
-        assert f"{name}: {s.chosen.size} units from layer 1 on" in ax.get_title()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# AP of features
+    assert circuit["nodes"]
+    for u in circuit["nodes"]:
+        wanted = scores[u["node"], u["layer"]].mean(0)[u["position"], -1 if u["unit"] == "error" else u["unit"]]
+        assert u["scores"]["relp"] == pytest.approx(float(wanted), abs=1e-5, rel=1e-3)
 
 
 def test_ap_of_features(quick, toy):
-    """AP's scores are relp.patch_features' averages; its cost, the edited runs; the agreement with it, by hand."""
-    circuit, summary = quick("--methods", "ap,relp", "--nodes", "mlp_out", "--thresholds", "1e-4,1,5", "--pairs", 4)
+    """AP's scores are those of the plain loop: a run for each unit with that unit as in the patch run."""
+    arguments = ["--methods", "ap,relp", "--nodes", "mlp_out", "--pairs", 3, "--held-out", 3]
+    circuit, summary = quick(*arguments, structure="simple")
     model, saes, tokenizer = toy
-    saes = {key: sae for key, sae in saes.items() if key[0] == "mlp_out"}
-    discovery = tensors(tasks.sva(tokenizer, "across_pp", 4, 4)[0])
-    each = relp.patch_features(model, *discovery, saes)
-    ap = {key: v.mean(0) for key, v in each.items()}
-    relps = {key: v.mean(0) for key, v in relp.attribute_features(model, *discovery, saes, lrp=True).items()}
-    assert len(circuit["nodes"]) > 50
-    for u in circuit["nodes"]:
-        key, at = (u["node"], u["layer"]), (u["position"], -1 if u["unit"] == "error" else u["unit"])
-        wanted = {"ap": float(ap[key][at]), "relp": float(relps[key][at])}
-        assert u["scores"] == pytest.approx(wanted, abs=1e-5, rel=1e-3)
+    original, patch, answers = tensors(tasks.sva(tokenizer, "simple", 3, 3)[0])
+    (_, acts), (_, patch_acts) = (relp.record(model, tokens, {"mlp_out"}) for tokens in (original, patch))
+    base = relp.logit_diff(model(original)[:, -1], answers).detach()
+    strongest = sorted(circuit["nodes"], key=lambda u: -abs(u["scores"]["ap"]))
+    for u in strongest[:5] + strongest[-5:]:
+        key, pos = (u["node"], u["layer"]), u["position"]
+        sae, x, y = saes[key], acts[key].flatten(2)[:, pos], patch_acts[key].flatten(2)[:, pos]
+        if u["unit"] == "error":
+            move = sae.error(y) - sae.error(x)
+        else:
+            move = (sae.encode(y) - sae.encode(x))[:, u["unit"], None] * sae.W_dec[u["unit"]]
 
-    # an edited run for every feature, and error, that differs; none at the last layer's positions that are not read
-    _, acts = relp.record(model, discovery[0], {"mlp_out"})
-    _, patch_acts = relp.record(model, discovery[1], {"mlp_out"})
-    edited, last = 0, model.config.n_layers - 1
-    for (_, layer), sae in saes.items():
-        x, y = acts["mlp_out", layer], patch_acts["mlp_out", layer]
-        cells = torch.cat([sae.encode(x) != sae.encode(y), (sae.error(x) != sae.error(y)).any(-1, keepdim=True)], -1)
-        edited += int((cells[:, -1:] if layer == last else cells).sum())
-    cost = summary["structures"]["across_pp"]["cost"]
-    assert edited > 500
-    assert cost["ap"]["forward"] == pytest.approx(2 + edited / 4) and cost["ap"]["backward"] == 0
-    assert (cost["relp"]["forward"], cost["relp"]["backward"]) == (2, 1)
+        def hook(name, layer, value, key=key, pos=pos, move=move):
+            if (name, layer) == key:
+                value = value.clone()
+                value[:, pos] += move
+            return value
 
-    a, b = (torch.cat([v.flatten() for v in scores.values()]) for scores in (relps, ap))
-    there = (a != 0) | (b != 0)
-    got = summary["structures"]["across_pp"]["agreement"]["relp"]
-    value, low, high = got["all"]["averaged"]
-    assert value == pytest.approx(np.corrcoef(a[there], b[there])[0, 1], abs=1e-4) and low <= high
-    assert got["mlp_out"] == got["all"]
-    assert 0 < int((~there).sum())  # or else it would not matter
-
-
-def test_ap_by_itself(quick):
-    """It scores features only, so that there are no circuits of neurons; everything else is there."""
-    circuit, summary = quick("--methods", "ap", "--nodes", "mlp_out", "--pairs", 2)
-    assert circuit["drawn"]["method"] == "ap" and list(circuit["circuits"]["features"]) == ["ap"]
-    assert not circuit["circuits"]["neurons"] and not summary["faithfulness"]["mlp_neurons"]
-    assert summary["differences"] == {} and summary["structures"]["across_pp"]["agreement"] == {}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input: exit code 2 and one line on stderr that names what is wrong
-
-
-@pytest.fixture
-def refused(run, tmp_path):  # noqa: F811
-    """refused(*arguments) -> the message of a run that must end in exit code 2 and one line, with no file written."""
-
-    def call(*arguments):
-        code, _, err = run(*arguments)
-        assert code == 2 and len(err) == 1 and err[0].startswith("evaluate.py: error: "), err
-        assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
-        return err[0]
-
-    return call
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["--corruption", "s2"], ["--corruption", "no meaning", "sva"]),
-    (["--structures", "across_river"], ["structure", "across_river", "across_rc"]),
-    (["--structures", ""], ["structure", "''"]),
-    (["--means", "median"], ["means", "median", "held-out", "discovery"]),
-    (["--held-out", "0"], ["--held-out", "0"]),
-    (["--pairs", "0"], ["--pairs", "0"]),
-    (["--top", "0"], ["--top", "0"]),
-    (["--pairs", "100000"], ["within_rc", "100000", "760 scenes"]),
-    (["--held-out", "100000"], ["within_rc", "100000"]),
-    (["--thresholds", "1,2"], ["--thresholds", "LOW,HIGH,COUNT", "'1,2'"]),
-    (["--thresholds", "0,1,3"], ["--thresholds", "0,1,3"]),
-    (["--thresholds", "2,1,3"], ["--thresholds", "2,1,3"]),
-    (["--thresholds", "1,inf,3"], ["--thresholds", "1,inf,3"]),
-    (["--thresholds", "nan,1,3"], ["--thresholds", "nan,1,3"]),
-    (["--thresholds", "0.1,1,0"], ["--thresholds", "0.1,1,0"]),
-    (["--thresholds", "0.1,1,2.5"], ["--thresholds", "2.5"]),
-    (["--thresholds", "1e6,1e7,3"], ["within_rc", "RelP", "lower --thresholds", "1e+06"]),
-    (["--nodes", "z"], ["z", "layer 0", "no SAE"]),
-    (["--nodes", "resid_pre"], ["no SAE", "1 to 3"]),
-    (["--nodes", "resid_mud"], ["node", "resid_mud"]),
-    (["--saes", "no/such/folder"], ["no/such/folder"]),
-    (["--model", "toy-gpt2"], ["toy-gpt2", "--saes"]),
-    (["--prompts", "missing.jsonl"], ["--structures", "no meaning with --prompts"]),
-], ids=label)  # fmt: skip
-def test_arguments(arguments, words, refused):
-    few = ["--pairs", 2, "--held-out", 2, "--structures", "within_rc", "--methods", "relp"]
-    message = refused("--task", "sva", *few, *arguments)
-    assert all(word in message for word in words), message
-
-
-OF_SVA = {"structures": "simple", "held-out": "5", "saes": "x", "means": "discovery", "thresholds": "1,2,3", "top": "3"}
-
-
-@pytest.mark.parametrize("option, value", [*OF_SVA.items(), ("sum-positions", None)])
-def test_options_of_the_other_task(option, value, refused):
-    message = refused("--task", "ioi", f"--{option}", *[value] * (value is not None))
-    assert f"--{option} has no meaning with --task ioi" in message
-
-
-@pytest.mark.parametrize("kind", ["width", "layer", "corrupt", "empty"])
-def test_saes_that_do_not_fit(kind, refused, tmp_path):
-    folder = tmp_path / "saes"
-    if kind == "width":
-        write_saelens(folder, ("mlp_out", 1), random_sae(0, d=32))
-        words = ["W_enc", "32", "128"]
-    elif kind == "layer":
-        write_saelens(folder, ("mlp_out", 7), random_sae(0, d=128))
-        words = ["layer 7", "0..3"]
-    elif kind == "corrupt":
-        shutil.copytree(SAES, folder)
-        file = folder / "blocks.2.hook_mlp_out" / "sae_weights.safetensors"
-        file.write_bytes(file.read_bytes()[:-50])
-        words = ["blocks.2.hook_mlp_out", "sae_weights.safetensors"]
-    else:
-        folder.mkdir()
-        words = ["saes", "no SAEs"]
-    message = refused("--task", "sva", "--pairs", 2, "--held-out", 2, "--saes", folder)
-    assert all(word in message for word in words), message
-
-
-ROW = {"clean_prefix": "The athlete", "patch_prefix": "The athletes", "clean_answer": " has", "patch_answer": " have"}
-
-
-EVERY_ANSWER = [
-    {**ROW, "clean_answer": f" {a}", "patch_answer": f" {b}"} for a, b in tasks.AUXILIARIES + tasks.VERBS[:5]
-]
-
-
-@pytest.mark.parametrize("rows, words", [
-    ([ROW, {**ROW, "clean_prefix": "The zebra"}, {**ROW, "clean_answer": " xylophones"}], ["4 pairs", "has 1"]),
-    ([{**ROW, "clean_prefix": "The zebra"}], ["none of its 1 lines"]),
-    ([ROW, {"clean_prefix": "The"}], ["line 2", "patch"]),
-    (EVERY_ANSWER, ["too many", "share no prompt"]),
-], ids=["aligned", "none aligned", "fields", "one family"])  # fmt: skip
-def test_prompt_files(rows, words, refused, tmp_path):
-    file = jsonl(tmp_path / "bad.jsonl", *rows)
-    message = refused("--task", "sva", "--prompts", file, "--pairs", 2, "--held-out", 2, "--methods", "relp")
-    assert all(word in message for word in words), message
-
-
-def test_output_folders_that_cannot_be(capsys, tmp_path):
-    (tmp_path / "file").write_text("precious")
-    assert evaluate.main(["--task", "sva", "--out", str(tmp_path / "file")]) == 2
-    printed, err = capsys.readouterr()
-    assert len(err.splitlines()) == 1 and "cannot write" in err and printed == ""
-    assert (tmp_path / "file").read_text() == "precious"
-
-
-def test_tables_with_long_names_stay_in_their_columns(run):  # noqa: F811
-    few = ["--structures", "simple", "--pairs", 3, "--held-out", 3, "--thresholds", "1e-3,1e-1,2", "--no-plot"]
-    code, out, err = run("--task", "sva", "--methods", "ap,relp,twopoint,ln+identity", *few)
-    assert (code, err) == (0, [])
-    lines = out.splitlines()
-    (head,) = (line for line in lines if "layer node" in line)
-    assert head.split()[-4:] == ["AP", "RelP", "two-point", "ln+identity"]
-    (first,) = (i for i, line in enumerate(lines) if "circuits of so many units" in line)
-    rows = [line for line in lines[first:] if "[" in line]
-    assert len(rows) > 20 and len({line.index("[") for line in rows}) == 1
-    assert any(line[28:].startswith("ln+identity ") for line in rows)
+        with torch.no_grad():
+            wanted = (relp.logit_diff(model(original, hook=hook)[:, -1], answers) - base).mean()
+        assert u["scores"]["ap"] == pytest.approx(float(wanted), abs=1e-4, rel=1e-3)
+    of = summary["structures"]["simple"]
+    assert of["cost"]["ap"]["forward"] > 50 and of["agreement"]["relp"]["averaged"][0] > 0.3
+    assert not of["curves"]["neurons"].keys() & {"ap"}  # AP scores features only

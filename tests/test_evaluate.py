@@ -1,11 +1,13 @@
 """The command line: what a run writes, that its numbers are right and repeatable, and that every option works.
 
 The models are random and tiny, with a byte-level tokenizer written by hand; most runs are calls of evaluate.main.
-What is printed is tested in test_tables.py, bad input in test_bad_input.py, earlier results in test_output.py.
+What is printed is tested in test_tables.py, bad input in test_bad_input.py, folders and disks in test_output.py.
 """
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,13 @@ import torch
 import evaluate
 import models
 import tasks
-from support import scoring, statistics
+from support import commandline, processes, resume, statistics
 from support.prompts import read_pairs
 from support.tokenizer import BYTE_OF_CHAR, load_tokenizer
 
 WORDS = [" " + word for word in "and went to the gave a John Mary Tom Amy store park book ball has have".split()]
 WORDS += ["Then", "When", "After"]
+ROOT = Path(__file__).parents[1]
 NODES = ["resid_pre", "attn_out", "mlp_out"]
 
 
@@ -73,11 +76,13 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(tmp_path, capsys, monkeypatch):
     """run(*arguments) -> (exit code, stdout, lines of stderr), results in tmp_path/out."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    monkeypatch.setattr(processes, "own", False)  # a command sets it; here it comes back
 
     def call(*arguments):
-        code = evaluate.main([*map(str, arguments), "--out", str(tmp_path / "out")])
+        code = commandline.run(evaluate.main, [*map(str, arguments), "--out", str(tmp_path / "out")])
         out, err = capsys.readouterr()
         return code, out, err.splitlines()
 
@@ -129,26 +134,18 @@ def pearson(a, b):
     return np.corrcoef(a, b)[0, 1] if len(a) > 1 and a.std() > 0 and b.std() > 0 else np.nan
 
 
-def pcc_by_hand(a, b, groups, keep):
-    """The numbers of a PCC as statistics.agreement's docstring defines them, over the cells in `keep`.
-
-    From padded arrays [n, layers, positions].
-    """
-    maps = []
+def pcc_by_hand(a, b, groups):
+    """The numbers of a PCC as statistics.agreement's docstring defines them, from arrays [n, layers, positions]."""
+    maps, there = [], ~np.isnan(a)
     for group in dict.fromkeys(groups):
         rows = np.array([g == group for g in groups])
-        there = keep[rows].any(0)
-        maps.append([x[rows].mean(0)[there] for x in (a, b)])
-    each = np.array([pearson(x[k], y[k]) for x, y, k in zip(a, b, keep)])
+        maps.append([x[rows].mean(0)[there[rows].all(0)] for x in (a, b)])
+    each = np.array([pearson(x[k], y[k]) for x, y, k in zip(a, b, there)])
     return {
         "averaged": pearson(*(np.concatenate(m) for m in zip(*maps))),
-        "pooled": pearson(a[keep], b[keep]),
+        "pooled": pearson(a[there], b[there]),
         "per_prompt": np.nanmean(each),
-        "per_prompt_std": np.nanstd(each),
     }
-
-
-MEASURES = set("averaged pooled per_prompt per_prompt_std spearman sign recall slope false_negative".split())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
@@ -159,7 +156,7 @@ def test_files_hold_what_they_say(name, source, tiny, results, tmp_path):
     long = {**TEXT, "clean_prefix": "After Tom went to the park", "patch_prefix": "After Amy went to the store"}
     prompts = jsonl(tmp_path / "mixed.jsonl", TEXT, longer, long, TEXT)
     n, arguments = (7, ["--pairs", 7]) if source == "ioi" else (4, ["--prompts", prompts])
-    summary, scores = results(tiny[name], *arguments, folder=f"{name}-{'ioi' if source == 'ioi' else 'mixed'}")
+    summary, scores = results(tiny[name], *arguments, folder=f"{name}-ioi{'' if source == 'ioi' else '-mixed'}")
     model, tokenizer = models.from_pretrained(str(tiny[name])), load_tokenizer(str(tiny[name]))
     pairs = tasks.ioi(tokenizer, n) if source == "ioi" else read_pairs(prompts, tokenizer)
     groups, lengths = [p.group for p in pairs], [len(p.original) for p in pairs]
@@ -167,7 +164,7 @@ def test_files_hold_what_they_say(name, source, tiny, results, tmp_path):
 
     # the arrays
     beside = {"lengths", "original_tokens", "patch_tokens", "answers", "values"}
-    assert scores.keys() == {f"{m}_{node}" for m in ("ap", "atp", "relp", "doubt") for node in NODES} | beside
+    assert scores.keys() == {f"{m}_{node}" for m in ("ap", "atp", "relp") for node in NODES} | beside
     shape = (n, model.config.n_layers, max(lengths))
     assert scores["lengths"].tolist() == lengths and scores["answers"].tolist() == [list(p.answers) for p in pairs]
     for key in ("original", "patch"):
@@ -192,7 +189,7 @@ def test_files_hold_what_they_say(name, source, tiny, results, tmp_path):
     weights = statistics.resamples(groups)
     counts = weights[1:].numpy()  # of each prompt in the resamples
     for run, value, right in (("original", original, original > 0), ("patch", patch, patch < 0)):
-        for got, x in ((summary["accuracy"][run], right), (summary["logit_diff"][run], value)):
+        for got, x in ((summary["accuracy"][run], right), (summary["value"][run], value)):
             assert got == pytest.approx([x.mean(), *np.quantile(counts @ x / n, [0.025, 0.975])], abs=1e-4)
 
     # All positions patched at once before the first layer are the patch run. In these pairs only one position differs.
@@ -203,40 +200,30 @@ def test_files_hold_what_they_say(name, source, tiny, results, tmp_path):
             assert scores["ap_resid_pre"][i, 0, :4][differs] == pytest.approx(patch[i] - original[i], abs=1e-4)
 
     # the correlations
-    same_before = [next(j for j, (x, y) in enumerate(zip(p.original, p.patch)) if x != y) for p in pairs]
     for node in NODES:
-        changed = np.broadcast_to(np.arange(max(lengths)) >= np.array(same_before)[:, None, None], shape) & ~padding
-        if node == "resid_pre":  # before the first layer, only where the tokens themselves differ
-            changed = changed.copy()
-            changed[:, 0] &= scores["original_tokens"] != scores["patch_tokens"]
-        assert summary["cells"][node] == {"all": int((~padding).sum()), "unchanged": int((~padding & ~changed).sum())}
-        for method in ("ap", "atp", "relp"):
-            assert (scores[f"{method}_{node}"][~padding & ~changed] == 0).all()
         for method in ("atp", "relp"):
-            got = summary["pcc"][method][node]
+            got = summary["agreement"][method][node]
             arrays = [scores[f"{m}_{node}"].astype(float) for m in (method, "ap")]
-            for part, keep in ((got, ~padding), (got["changed_cells"], changed)):
-                by_hand = pcc_by_hand(*arrays, groups, keep)
-                assert {measure: part[measure] for measure in by_hand} == pytest.approx(by_hand, abs=1e-5)
-                assert part["interval"].keys() == part.keys() - {"interval", "changed_cells", "by_layer"} == MEASURES
-            measures = statistics.agreement(*map(torch.tensor, arrays), groups, weights=weights)
+            for measure, value in pcc_by_hand(*arrays, groups).items():
+                assert got[measure][0] == pytest.approx(value, abs=1e-5)
+            measures = statistics.agreement(*map(torch.tensor, arrays), groups, weights)
             for measure, values in measures.items():
-                value, low, high = statistics.estimate(values)
-                assert [got[measure], *got["interval"][measure]] == pytest.approx([value, low, high], abs=1e-9)
-        of_node = {method: summary["pcc"][method][node] for method in ("atp", "relp")}
-        assert summary["differences"].keys() == {"relp - atp"}
-        for measure, (value, low, high) in summary["differences"]["relp - atp"][node].items():
-            assert value == of_node["relp"][measure] - of_node["atp"][measure] and low <= high
+                assert got[measure] == pytest.approx([*statistics.estimate(values)], abs=1e-9, nan_ok=True)
+        relp, atp = (summary["agreement"][method][node]["averaged"] for method in ("relp", "atp"))
+        value, low, high = summary["differences"]["relp - atp"][node]
+        assert value == pytest.approx(relp[0] - atp[0], abs=1e-12) and low <= high
 
 
 def test_summary_says_how_it_was_made(tiny, results):
     summary, _ = results(tiny["gpt2"], "--pairs", 3, "--seed", 5, "--corruption", "s2", "--rules", "ln,epsilon=0.5")
     given = {"task": "ioi", "seed": 5, "corruption": "s2", "pairs": 3, "rules": "ln,epsilon=0.5"}
     assert given.items() <= summary["arguments"].items()
-    others = {"identity": False, "half": False, "ah": False, "gamma": None, "temperature": None, "two_point": []}
-    assert summary["rules"] == {"ln": True, "epsilon": 0.5} | others
     assert summary["versions"]["torch"] == torch.__version__ and {"python", "numpy"} <= summary["versions"].keys()
-    assert summary["seconds"].keys() == {"ap", "atp", "relp"} and all(s > 0 for s in summary["seconds"].values())
+    assert (
+        summary["metric"] == "logit_diff"
+        and summary["seconds"].keys() == {"ap", "atp", "relp"}
+        and all(s > 0 for s in summary["seconds"].values())
+    )
 
 
 def test_json_is_strict_where_a_correlation_is_undefined(tiny, run, tmp_path):
@@ -244,25 +231,33 @@ def test_json_is_strict_where_a_correlation_is_undefined(tiny, run, tmp_path):
     prompts = jsonl(tmp_path / "one.jsonl", {**IDS, "original": [5], "patch": [9]})
     code, out, err = run("--model", tiny["gpt2"], "--prompts", prompts, "--nodes", "resid_pre")  # with its figure
     assert (code, err) == (0, []), err
-    text = (tmp_path / "out" / "gpt2-one" / "summary.json").read_text()
+    text = (tmp_path / "out" / "gpt2-ioi-one" / "summary.json").read_text()
     json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in summary.json"))
 
 
 def test_figures(tiny, run, tmp_path):
-    arguments = ["--pairs", 4, "--nodes", "resid_pre,mlp_out"]
-    code, out, err = run("--model", tiny["gpt2"], tiny["gemma2"], *arguments)
+    arguments = ["--model", tiny["gpt2"], tiny["gemma2"], "--pairs", 4, "--nodes", "resid_pre,mlp_out"]
+    code, out, err = run(*arguments)
     assert (code, err) == (0, [])
     pictures = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png"))
-    each = [f"{name}-ioi/{picture}.png" for name in ("gemma2", "gpt2") for picture in ("conservation", "heatmaps")]
-    assert pictures == [*each, "pcc.png", "slopes.png"]
+    assert pictures == ["gemma2-ioi/heatmaps.png", "gpt2-ioi/heatmaps.png", "pcc.png"]
     for picture in pictures:
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
-    overview = out[out.rindex("PCC with AP") :]  # after the models' own tables, the paper's Table 5
-    assert all(word in overview for word in ("gpt2", "gemma2", "resid_pre", "mlp_out", "AtP", "RelP"))
+    assert (tmp_path / "out" / "inspect.html").exists()
+    overview = out[out.rindex("written to") :]  # after the models' own tables, the paper's Table 5
+    assert all(word in overview for word in ("PCC with AP", "resid_pre", "mlp_out", "AtP", "RelP"))
 
-    shutil.rmtree(tmp_path / "out")
-    assert run("--model", tiny["gpt2"], tiny["gemma2"], *arguments, "--no-plot")[0] == 0
-    assert {path.name for path in (tmp_path / "out").rglob("*.*")} == {"scores.npz", "summary.json"}
+    assert run(*arguments, "--no-plot")[0] == 0  # what an earlier run has drawn of a model goes
+    assert {path.name for path in (tmp_path / "out").glob("*/*")} >= {"scores.npz", "summary.json"}
+    assert not list((tmp_path / "out").glob("*/*.png"))
+
+
+def test_a_plain_run_does_not_load_matplotlib(tiny, tmp_path):
+    """Only a figure needs it."""
+    code = "import sys, evaluate; evaluate.main(sys.argv[1:]); assert 'matplotlib' not in sys.modules"
+    arguments = ["--model", tiny["gpt2"], "--pairs", "2", "--no-plot", "--out", tmp_path]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 OPTIONS = """
@@ -272,6 +267,8 @@ OPTIONS = """
 --nodes resid_post,z,q,resid_mid,mlp_hidden --no-plot
 --metric prob_diff --no-plot
 --metric logprob_diff --no-plot
+--metric kl --no-plot
+--methods ap,ig,gim,ln+ah --steps 2 --no-plot
 --corruption s2 --no-plot
 --dtype float64 --no-plot
 --dtype bfloat16 --no-plot
@@ -291,12 +288,12 @@ def test_options(arguments, tiny, run, tmp_path):
     nodes = given.get("--nodes", ",".join(NODES)).split(",")
     folder = tmp_path / "out" / "gemma2-ioi"
     with np.load(folder / "scores.npz") as scores:
-        there = {key for key in scores if key.split("_")[0] in ("ap", "atp", "relp")}
+        there = {key for key in scores if key.split("_")[0] in methods}
         assert there == {f"{m}_{node}" for m in methods for node in nodes}
         wanted = np.float64 if given.get("--dtype") == "float64" else np.float32
         assert scores[f"{methods[0]}_{nodes[0]}"].dtype == wanted
     assert (folder / "heatmaps.png").exists() == ("--no-plot" not in arguments)
-    assert given.get("--metric", "logit_diff") in json.loads((folder / "summary.json").read_text())
+    assert json.loads((folder / "summary.json").read_text())["metric"] == given.get("--metric", "logit_diff")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,23 +359,81 @@ def test_ids_need_no_tokenizer_and_get_no_bos(tiny, results, tmp_path):
     shutil.copytree(tiny["gpt2"], mute)
     (mute / "tokenizer.json").unlink()
     prompts = jsonl(tmp_path / "ids.jsonl", IDS, {**IDS, "original": [3, 4], "patch": [2, 4]}, IDS)
-    _, scores = results(mute, "--prompts", prompts, folder="mute-ids")
+    _, scores = results(mute, "--prompts", prompts, folder="mute-ioi-ids")
     assert scores["original_tokens"][:, :2].tolist() == [[5, 6], [3, 4], [5, 6]]
     assert scores["lengths"].tolist() == [4, 2, 4]
     assert np.isnan(scores["ap_resid_pre"][1, :, 2:]).all()
     np.testing.assert_array_equal(scores["relp_mlp_out"][0], scores["relp_mlp_out"][2])
-    _, with_tokenizer = results(tiny["gpt2"], "--prompts", prompts, folder="gpt2-ids")
+    _, with_tokenizer = results(tiny["gpt2"], "--prompts", prompts, folder="gpt2-ioi-ids")
     same(scores, with_tokenizer)
 
 
 def test_pairs_takes_the_first_pairs_of_a_file(tiny, results, tmp_path):
     prompts = jsonl(tmp_path / "many.jsonl", *[{**IDS, "original": [5, 6, 7, i]} for i in range(20, 30)])
-    summary, scores = results(tiny["gpt2"], "--prompts", prompts, "--pairs", 3, folder="gpt2-many")
+    summary, scores = results(tiny["gpt2"], "--prompts", prompts, "--pairs", 3, folder="gpt2-ioi-many")
     assert scores["original_tokens"][:, 3].tolist() == [20, 21, 22] and summary["prompt_pairs"] == 3
 
 
-def test_what_counts_as_drowned():
-    """Effects that vary by less than ten errors of rounding; zeros and what lies beyond a prompt do not count."""
-    spread = np.array([[-1.0, 1.0, 0.0, np.nan]])
-    effects = {"small": 9 * spread, "large": 11 * spread, "none": 0 * spread}
-    assert scoring.drowned(effects, 1.0) == ["small"]
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs after each other, and several models
+
+
+def test_ap_is_run_once(tiny, results, run, monkeypatch, tmp_path):
+    """Given again, with another method or another batch size, a command takes AP from the store."""
+    summary, scores = results(tiny["gpt2"], "--pairs", 5)
+    monkeypatch.setattr(resume, "activation_patching", None)  # is not called
+    again, same_scores = results(tiny["gpt2"], "--pairs", 5)
+    same(scores, same_scores)
+    assert again["agreement"] == summary["agreement"]
+    _, other = results(tiny["gpt2"], "--pairs", 5, "--methods", "ap,gim", "--batch-size", 2)
+    assert {key.split("_")[0] for key in other if key.endswith("mlp_out")} == {"ap", "gim"}  # nothing of earlier runs
+    np.testing.assert_array_equal(other["ap_mlp_out"], scores["ap_mlp_out"])
+    with pytest.raises(TypeError):  # other prompts are not in the store
+        run("--model", tiny["gpt2"], "--pairs", 5, "--seed", 1, "--no-plot")
+
+
+def test_a_model_that_fails_leaves_those_before_it(tiny, run, tmp_path):
+    code, out, err = run("--model", tiny["gpt2"], tiny["gemma2"], tmp_path / "none", "--pairs", 3)
+    assert code == 2 and len(err) == 1 and "none" in err[0]
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"gpt2-ioi", "gemma2-ioi", "pcc.png", "inspect.html"}
+    assert "PCC with AP" in out[out.rindex("written to") :]  # the overview of those two
+
+
+def test_the_papers_models_are_those_of_table_5():
+    assert commandline.GROUPS["paper"] == [*evaluate.TABLE_5]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --task sva
+
+SVA = ["--task", "sva", "--pairs", "6", "--held-out", "4", "--thresholds", "1e-3,1e-1,3", "--top", "3"]
+
+
+def test_circuits(run, tmp_path):
+    code, out, err = run(*SVA, "--structures", "simple,across_pp", "--methods", "atp,relp")
+    assert (code, err) == (0, []), err
+    folder = tmp_path / "out" / "toy-neox-sva"
+    names = {"circuit-simple.json", "circuit-across_pp.json", "summary.json", "faithfulness.png", "circuits.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["structures"].keys() == {"simple", "across_pp"}
+    assert summary["arguments"]["methods"] == ["atp", "relp"] and summary["arguments"]["pairs"] == 6
+    assert "simple" in out and "across_pp" in out and "faithfulness" in out
+
+    # a second run replaces what is there
+    code, _, err = run(*SVA, "--structures", "simple", "--methods", "relp", "--no-plot")
+    assert (code, err) == (0, [])
+    assert {path.name for path in folder.iterdir()} == {"circuit-simple.json", "summary.json"}
+
+
+def test_circuits_without_a_unit(run, tmp_path):
+    """Above the highest score a circuit is empty: that is no error."""
+    code, out, err = run(*SVA, "--structures", "simple", "--thresholds", "100,200,2", "--methods", "relp")
+    assert (code, err) == (0, [])
+
+
+def test_the_methods_of_circuits(run, tmp_path):
+    """All four on a toy."""
+    assert run(*SVA, "--structures", "simple", "--nodes", "mlp_out", "--no-plot")[0] == 0
+    summary = json.loads((tmp_path / "out" / "toy-neox-sva" / "summary.json").read_text())
+    assert summary["arguments"]["methods"] == ["ap", "atp", "relp", "ig"]

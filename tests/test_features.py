@@ -6,6 +6,7 @@ from test_saes import random_sae
 
 import relp
 from models import from_pretrained
+from support import resume
 
 
 @pytest.fixture
@@ -21,6 +22,16 @@ def saes(model):
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             setattr(sae, name, getattr(sae, name).double() * 0.3)
     return made
+
+
+def with_node(model, tokens, answers, key, moved):
+    """The metric of the run in which one node has this activation [batch, pos, d]."""
+
+    def hook(name, layer, x):
+        return moved.view_as(x) if (name, layer) == key else x
+
+    with torch.no_grad():
+        return relp.read_out(model, model.stream(tokens, hook=hook), answers)
 
 
 @pytest.mark.parametrize("lrp", [False, True], ids=["atp", "relp"])
@@ -49,8 +60,7 @@ def test_a_features_score_is_the_derivative(model, saes, pair):
                 def metric(by, key=key, x=x, pos=pos, move=moves[:, pos, i]):
                     moved = x.clone()
                     moved[:, pos] += by * move
-                    stream, _ = relp.record(model, original, nodes, replace={key: moved.view_as(acts[key])})
-                    return relp.read_out(model, stream, answers)
+                    return with_node(model, original, answers, key, moved)
 
                 derivative = (metric(step) - metric(-step)) / (2 * step)
                 torch.testing.assert_close(got[key][:, pos, i], derivative, atol=1e-7, rtol=1e-5)
@@ -58,22 +68,22 @@ def test_a_features_score_is_the_derivative(model, saes, pair):
 
 def test_integrated_gradients_sum_to_the_effect(model, saes, pair):
     """Completeness: summed up they approach, as the steps grow, the effect of patching the node everywhere."""
-    few, many = (relp.attribute_features(model, *pair, saes, steps=steps) for steps in (20, 400))
+    saes = {key: sae for key, sae in saes.items() if key[0] in ("attn_out", "mlp_out")}
+    few, many = (relp.attribute_features(model, *pair, saes, steps=steps) for steps in (10, 100))
     nodes = {name for name, _ in saes}
     _, patch_acts = relp.record(model, pair[1], nodes)
-    base, _, _ = relp.compare(model, *pair, ())
+    base = relp.logit_diff(model(pair[0])[:, -1], pair[2])
     for key in saes:
-        stream, _ = relp.record(model, pair[0], nodes, replace={key: patch_acts[key]})
-        effect = relp.read_out(model, stream, pair[2]) - base
+        effect = with_node(model, pair[0], pair[2], key, patch_acts[key]) - base
         off = [(scores[key].sum((1, 2)) - effect).abs().max() for scores in (few, many)]
-        assert off[1] < 0.1 * off[0] and off[1] < 0.05 * effect.abs().max() + 1e-9
+        assert off[1] < 0.2 * off[0] and off[1] < 0.05 * effect.abs().max()
 
 
 def test_integrated_gradients_passes(model, saes, pair, monkeypatch):
     calls, grad = [], torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
     relp.attribute_features(model, *pair, saes, steps=10)
-    assert len(calls) == 10 * len(saes)
+    assert len(calls) == 10 * len({name for name, _ in saes}) * model.config.n_layers
     calls.clear()
     relp.attribute_features(model, *pair, saes, lrp=True)
     assert len(calls) == 1
@@ -82,7 +92,7 @@ def test_integrated_gradients_passes(model, saes, pair, monkeypatch):
 def test_patching_a_feature_is_its_definition(model, saes, pair):
     """Every feature and error of some positions by whole forward passes; those that do not differ are 0."""
     original, patch, answers = pair
-    got = relp.patch_features(model, *pair, saes, rows=50)
+    got = resume.patch_features(model, *pair, saes, rows=50)
     nodes = {name for name, _ in saes}
     (stream, acts), (_, patch_acts) = (relp.record(model, tokens, nodes) for tokens in (original, patch))
     base = relp.read_out(model, stream, answers)
@@ -96,8 +106,7 @@ def test_patching_a_feature_is_its_definition(model, saes, pair):
                 moved = x.clone()
                 error_moves = (sae.error(y) - sae.error(x))[:, pos]
                 moved[:, pos] += error_moves if i == n else features[:, pos, i, None] * sae.W_dec[i]
-                stream, _ = relp.record(model, original, nodes, replace={key: moved.view_as(acts[key])})
-                effect = relp.read_out(model, stream, answers) - base
+                effect = with_node(model, original, answers, key, moved) - base
                 torch.testing.assert_close(got[key][:, pos, i], effect, atol=1e-12, rtol=0)
         if key != ("resid_post", 2):  # after the last block, only the last position counts
             assert got[key][:, 3:, :-1].abs().max() > 1e-6 and got[key][:, 3:, -1].abs().max() > 1e-6
@@ -116,7 +125,7 @@ def test_scores_need_no_gradient(model, saes, pair, how):
     for key in saes:
         assert not got[key].requires_grad and torch.equal(got[key], plain[key])
     assert all(weight.grad is None for weight in weights)
-    assert not any(scores.requires_grad for scores in relp.patch_features(model, *pair, saes).values())
+    assert not any(scores.requires_grad for scores in resume.patch_features(model, *pair, saes).values())
 
 
 def test_an_sae_is_what_has_encode_and_w_dec(model, saes, pair):
@@ -127,6 +136,6 @@ def test_an_sae_is_what_has_encode_and_w_dec(model, saes, pair):
             self.encode, self.W_dec = sae.encode, sae.W_dec
 
     bare = {key: Bare(sae) for key, sae in saes.items()}
-    for function in (relp.attribute_features, relp.patch_features):
+    for function in (relp.attribute_features, resume.patch_features):
         got, wanted = function(model, *pair, bare), function(model, *pair, saes)
         assert all(torch.equal(got[key], wanted[key]) for key in saes)

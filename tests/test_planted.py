@@ -18,12 +18,11 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
 import plant
 
-import relp
 from beyond.edges.graph import Graph
 from beyond.edges.patching import patch_edges
 from beyond.edges.scores import attribute_edges
 from models import from_pretrained
-from support.prompts import by_group, read_pairs
+from support import prompts
 from support.tokenizer import load_tokenizer
 
 PLANTED = Path(plant.ROOT) / "toy" / "planted"
@@ -148,7 +147,7 @@ def test_what_goes_through_other_edges_does_not_matter(runs):
 
 def test_each_edge_matters_where_the_change_goes_through_it(runs):
     """By itself it turns the answer into the other one. It does nothing for pairs whose change takes another path."""
-    groups = by_group(runs.pairs)
+    groups = prompts.by_group(runs.pairs)
     assert list(groups) == list(plant.PATHS)
     for edge in plant.CIRCUIT:
         share = runs.effects([edge]) / (runs.after - runs.before)
@@ -254,7 +253,7 @@ def test_the_tokenizer():
 def test_the_pairs_in_the_file():
     """They are those of pairs(), but for their roles and groups."""
     model = from_pretrained(str(PLANTED))
-    from_file = read_pairs(PLANTED / "pairs.jsonl", load_tokenizer(str(PLANTED)), n_vocab=model.config.n_vocab)
+    from_file = prompts.read_pairs(PLANTED / "pairs.jsonl", load_tokenizer(str(PLANTED)))
     ours = plant.pairs()
     assert len(ours) == len(set(ours)) == 40
     for pair, same in zip(ours, from_file, strict=True):
@@ -264,14 +263,6 @@ def test_the_pairs_in_the_file():
         assert a_to_b[a_to_b[pair.original[-1]]] == pair.answers[0]
         assert len({word % plant.OPPOSITE for word in pair.original[1:]}) == 6
     assert plant.pairs(12, seed=3) == plant.pairs(40, seed=3)[:12] != ours[:12]
-
-
-def test_the_methods_of_the_project_run_on_it():
-    """m2 at the last position carries the answer; m0 carries nothing."""
-    model = from_pretrained(str(PLANTED))
-    batch = [torch.tensor([getattr(p, part) for p in plant.pairs()]) for part in ("original", "patch", "answers")]
-    for scores in (relp.activation_patching(model, *batch, ["mlp_out"]), relp.attribute(model, *batch, ["mlp_out"])):
-        assert scores["mlp_out"][:, 2, -1].max() < -9 and scores["mlp_out"][:, 0].abs().max() < 1e-4
 
 
 def test_methods_are_judged_by_the_known_circuit(tmp_path):

@@ -1,13 +1,11 @@
-"""Which positions of different prompts are shown together: support.positions, and the heat maps that use it."""
+"""Which positions of different prompts are shown together: support.positions."""
 
 import numpy as np
 import pytest
 from test_tasks import Words
 
 import tasks
-from support.figures import heatmaps
-from support.methods import AP, ATP
-from support.positions import laid_over, legend, overlay
+from support.positions import labels_of, laid_over, legend, overlay
 from support.prompts import read_pairs
 
 
@@ -35,6 +33,13 @@ def test_of_two_lengths_that_are_equally_frequent_the_longer_is_shown():
 def test_a_position_is_labelled_with_its_token_if_that_is_the_same_everywhere():
     labels, at = overlay([pair(5, 6, 7), pair(5, 8, 7), pair(4, 6, 7)])
     assert labels == ["pos 0", "pos 1", "7"] and (at == [0, 1, 2]).all()
+
+
+def test_each_group_has_labels_of_its_own():
+    pairs = [pair(5, 6, 7), pair(8, 9), pair(5, 6, 4)]
+    assert labels_of(pairs) == {"length 3": ["5", "6", "pos 2"], "length 2": ["8", "9"]}
+    ioi = tasks.ioi(Words(), 6)
+    assert labels_of(ioi) == {p.group: list(p.roles) for p in ioi}
 
 
 def test_prompts_from_a_file_are_labelled_with_their_words(tmp_path):
@@ -87,31 +92,3 @@ def test_the_legend_explains_what_is_not_a_word():
     for role in {role for roles in (ioi, *sva) for role in roles}:  # each role that is no word of its template
         words = " ".join([*tasks.TEMPLATES, *(template for template, *_ in tasks.SVA.values())])
         assert role in tasks.ROLES or role in words.replace("[", "<").replace(",", " , ").split(), role
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Heat maps
-
-
-def figure_of(pairs, longest):
-    rng = np.random.default_rng(0)
-    scores = {(m, "mlp_out"): rng.normal(size=(len(pairs), 2, longest)) for m in ("ap", "atp")}
-    return scores, heatmaps("gpt2", scores, [AP, ATP], ["mlp_out"], pairs, "logit_diff")
-
-
-def test_a_heat_map_of_two_lengths_shows_the_many():
-    scores, figure = figure_of(MIXED, 7)
-    assert "mean over 5 of 6 prompt pairs" in figure.get_suptitle() and figure.get_supxlabel() == ""
-    ap, atp, _ = figure.axes  # and the colour bar
-    for ax, method in ((ap, "ap"), (atp, "atp")):
-        shown = np.asarray(ax.images[0].get_array())
-        assert shown.shape == (2, 6) and shown == pytest.approx(scores[method, "mlp_out"][:5, :, :6].mean(0))
-    assert [tick.get_text() for tick in atp.get_xticklabels()] == ["5", "6", "7", "8", "9", "pos 5"]
-
-
-def test_a_heat_map_of_the_templates_explains_its_labels():
-    pairs = tasks.ioi(Words(), 6)
-    _, figure = figure_of(pairs, 16)
-    assert "mean over 6 of 6 prompt pairs" in figure.get_suptitle()
-    assert [tick.get_text() for tick in figure.axes[1].get_xticklabels()] == list(pairs[0].roles)
-    assert figure.get_supxlabel() == legend(list(pairs[0].roles)) and "S2: " in figure.get_supxlabel()

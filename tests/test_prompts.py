@@ -9,7 +9,6 @@ import pytest
 from test_tasks import Real, Words
 
 import tasks
-from models import MissingFile
 from support.prompts import (
     batches,
     by_group,
@@ -20,7 +19,7 @@ from support.prompts import (
     split,
     tensors,
 )
-from support.tokenizer import load_tokenizer
+from support.tokenizer import NoTokenizer, load_tokenizer
 from tasks import Pair
 
 ROOT = Path(tasks.__file__).parent
@@ -193,7 +192,7 @@ def test_node_pairs(write, tmp_path):
 def test_a_model_without_a_tokenizer(write, tmp_path):
     ids, mute = write(IDS), str(tmp_path)
     assert node_pairs(mute, 10, ids)[0].roles == ("5", "6")
-    with pytest.raises(MissingFile, match="has no tokenizer"):
+    with pytest.raises(NoTokenizer, match="has no tokenizer"):
         node_pairs(mute, 10)
     with pytest.raises(ValueError, match="needs a tokenizer"):
         node_pairs(mute, 10, write(LINE))

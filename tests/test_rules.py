@@ -76,11 +76,11 @@ def test_identity_rule(act, x):
 def test_ah_rule_keeps_the_values_and_drops_the_pattern(name, checkpoint):
     model, g = from_pretrained(str(checkpoint(name)[0]), dtype=torch.float64), torch.Generator().manual_seed(5)
     c = model.config
-    attend = models.Attend(c, models.causal_mask(0, 6, 6, None, "cpu"), models.Nodes(None, 0))
+    mask, p = models.causal_mask(0, 6, 6, None, "cpu"), models.Pass(Rules())
     q, k, v, signal = (x.requires_grad_() for x in torch.randn(4, 2, 6, c.n_heads, c.d_head, generator=g).double())
-    pattern = attend.softmax(attend.scores(q, k))
+    pattern = models.attention_scores(q, k, c).masked_fill(mask, -torch.inf).softmax(-1)
     for rules in (Rules(), Rules(ah=True)):
-        z = rules.attention(q, k, v, attend)
+        z = rules.attention(q, k, v, mask, c, p)
         torch.testing.assert_close(z, torch.einsum("bqhk,bkhd->bqhd", pattern, v))
         of_q, of_k, of_v = torch.autograd.grad(z, (q, k, v), signal, allow_unused=True)
         torch.testing.assert_close(of_v, torch.einsum("bqhk,bqhd->bkhd", pattern, signal))
@@ -172,26 +172,19 @@ def test_gamma_rule_with_logits_near_the_end_of_float16(checkpoint, tokens):
 # Sets of rules: what is one, and what is refused
 
 
-@pytest.mark.parametrize("value", [0, 0.0, -1, math.nan, math.inf, -math.inf, "x", "0.1", True, False, [0.1]], ids=repr)
+@pytest.mark.parametrize("value", [0, 0.0, -1, math.nan, math.inf, -math.inf, 1e-13, 1e13, False], ids=repr)
 @pytest.mark.parametrize("name", ["epsilon", "gamma"])
-def test_numbers_that_are_no_positive_finite_ones_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"^rule {name} must be a positive number, got "):
+def test_numbers_that_make_no_sense_are_refused(name, value):
+    with pytest.raises(ValueError, match="^give epsilon or gamma, a number from 1e-12 to 1e12, got "):
         Rules(**{name: value})
-    with pytest.raises(ValueError, match=f"rule {name}"):
+    with pytest.raises(ValueError, match="epsilon or gamma"):
         dataclasses.replace(Rules(ln=True), **{name: value})
 
 
-@pytest.mark.parametrize("value", [1, 0, None, "True", 0.5], ids=repr)
-@pytest.mark.parametrize("name", ["ln", "identity", "half", "ah"])
-def test_flags_that_are_no_bool_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"^rule {name} is True or False, got {value!r}$"):
-        Rules(**{name: value})
-
-
 def test_epsilon_and_gamma_together_are_refused():
-    with pytest.raises(ValueError, match="epsilon and gamma are both rules for linear layers: choose one"):
+    with pytest.raises(ValueError, match="epsilon or gamma"):
         Rules(epsilon=0.1, gamma=0.1)
-    with pytest.raises(ValueError, match="choose one"):
+    with pytest.raises(ValueError, match="epsilon or gamma"):
         dataclasses.replace(Rules(ln=True, epsilon=0.1), gamma=0.1)
     assert Rules(gamma=1).gamma == 1 and Rules(epsilon=1e-9).epsilon == 1e-9  # whole and small numbers are numbers
 

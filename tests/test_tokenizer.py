@@ -16,8 +16,7 @@ import pytest
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Reference
 
-from models import MissingFile
-from support.tokenizer import ByteLevel, Library, load_tokenizer
+from support.tokenizer import ByteLevel, Library, NoTokenizer, load_tokenizer
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "tokenizers"
 CONTRACTION, REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -419,7 +418,7 @@ def test_a_pattern_that_leaves_something_out_is_refused(tmp_path):
 
 @pytest.mark.parametrize("contents, message", [
     ("{", "cannot be read: Expecting"),
-    ([1], "a JSON object was expected, not a list"),
+    ([1], "cannot be read: cannot convert"),
     ({"model": 1}, "tokenizer.json cannot be read: AttributeError"),
     (plain(model=BYTES | {"vocab": {"a": 0}, "merges": ["a b"]}), "tokenizer.json cannot be read: Exception: .*vocab"),
     (plain(model=BYTES | {"merges": ["a b"]}), "tokenizer.json cannot be read: KeyError: 'ab'"),
@@ -449,9 +448,9 @@ def test_a_panic_in_rust_is_one_clear_line(tmp_path, monkeypatch):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(MissingFile, match="has no tokenizer"):
+    with pytest.raises(NoTokenizer, match="has no tokenizer"):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(MissingFile, match="merges.txt"):
+    with pytest.raises(NoTokenizer, match="merges.txt"):
         load_tokenizer(save(tmp_path, vocab={"a": 0}))
     (tmp_path / "merges.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="vocab.json or merges.txt cannot be read"):

@@ -5,18 +5,18 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
 import train
+import train_saes
 
 import relp
-import tasks
 from models import Config, Transformer, from_pretrained
 from support.saes import load_saes
 from support.tokenizer import load_tokenizer
@@ -24,18 +24,17 @@ from support.tokenizer import load_tokenizer
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-TOYS = ["gpt2", "neox", "qwen2", "gemma2"]
-ALL = [*TOYS, "qwen3", "qwen3-moe", *(f"deep-{toy}" for toy in TOYS)]
+TOYS = ["gpt2", "neox", "qwen2", "gemma2", "qwen3"]
 
 
-@pytest.mark.parametrize("toy", ALL)
+@pytest.mark.parametrize("toy", TOYS)
 def test_accuracy_on_held_out_combinations(toy):
     accuracy = train.accuracies(from_pretrained(f"toy-{toy}"), train.held_out_prompts(100, seed=777))
     assert train.passes(accuracy), accuracy
     assert train.passes(json.loads((ROOT / "toy" / toy / "training.json").read_text())["accuracy"])
 
 
-@pytest.mark.parametrize("toy", ALL)
+@pytest.mark.parametrize("toy", TOYS)
 def test_transformers_can_open_them(toy):
     import transformers
 
@@ -65,7 +64,7 @@ def test_the_saes_explain_what_the_readme_says():
     saes, rows = load_saes(str(ROOT / "toy" / "saes" / "neox"), model), train.training_rows(random.Random(99), 64, 24)
     _, acts = relp.record(model, rows, {name for name, _ in saes})
     for key, sae in saes.items():
-        x = acts[key][:, 1:]  # after the BOS, whose activations are always the same
+        x = acts[key][:, 1:, 0]  # after the BOS, whose activations are always the same
         f = sae.encode(x)
         assert 8 < (f > 0).sum(-1).float().mean() < 24, key
         assert sae.error(x).square().sum() / (x - x.mean((0, 1))).square().sum() < 0.06, key
@@ -79,26 +78,45 @@ def test_the_saes_explain_what_the_readme_says():
     assert loss(model(rows, hook=spliced)) < loss(model(rows)) + 0.4
 
 
+@pytest.mark.parametrize("toy", TOYS)
+def test_a_checkpoint_is_written_like_the_one_that_is_here(toy, tmp_path):
+    config = train.SHARED | train.CONFIGS[toy]
+    train.save(Transformer(Config.from_hf(config)), config, tmp_path)
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / file).read_bytes() == (ROOT / "toy" / toy / file).read_bytes()
+    new, ours = (load_file(folder / "model.safetensors") for folder in (tmp_path, ROOT / "toy" / toy))
+    assert new.keys() == ours.keys()
+    assert all(new[name].shape == x.shape and new[name].dtype == x.dtype for name, x in ours.items())
+
+
 def test_a_model_can_be_trained(tmp_path):
-    """The script runs as documented; three steps are enough to see that what it saves can be read."""
-    record = train.train("qwen2", 0, replace(train.RECIPES["qwen2"], steps=3), tmp_path)
-    assert not record["passes"] and record["steps"] == 3
-    model = from_pretrained(str(tmp_path))
-    assert torch.isfinite(model(torch.zeros(1, 5, dtype=torch.long))).all()
+    """Three steps are enough to see that what is saved can be read: its accuracies are those of chance."""
+    record = train.train("qwen2", 0, 3, tmp_path)
+    shipped = json.loads((ROOT / "toy" / "qwen2" / "training.json").read_text())
+    assert not record["passes"] and record["steps"] == 3 and record["parameters"] == shipped["parameters"]
+    assert json.loads((tmp_path / "training.json").read_text()) == record
+    assert torch.isfinite(from_pretrained(str(tmp_path))(torch.zeros(1, 5, dtype=torch.long))).all()
 
 
-@pytest.mark.parametrize("family", train.CONFIGS)
-def test_deep_models(family):
-    """Twice the layers, of the same kinds in turn; embeddings as small as in real models."""
-    config, deep = (Config.from_hf(train.config_of(family, n)) for n in (4, train.DEEP.n_layers))
-    assert deep.n_layers == 8 and deep.windows == 2 * config.windows
-    model = Transformer(deep)
-    train.initialise(model, train.DEEP.embedding_std)
-    model.requires_grad_(False)
-    assert model.embed_tokens.weight.std() == pytest.approx(0.02, rel=0.01)
-    mlp = getattr(model.blocks[0].mlp, "experts", [model.blocks[0].mlp])[0]
-    assert mlp.up.weight.std() == pytest.approx(128**-0.5, rel=0.02)
-    assert mlp.down.weight.std() == pytest.approx(128**-0.5 / 4, rel=0.02)
+def test_repeated_names_count_more():
+    rows = torch.tensor([train.encode(train.EOT + "Then, Mary and John went to the store. Mary gave a book to John.")])
+    weights = train.loss_weights(rows, 5.0)
+    assert rows[weights == 5].tolist() == train.encode(" Mary John") and weights.sum() == rows.numel() + 2 * 4
+
+
+def test_autoencoders_are_trained_and_saved(tmp_path, monkeypatch):
+    """Thirty steps explain nine tenths, in the mean of the nodes. The files are read as those that are here are."""
+    monkeypatch.setattr(train_saes, "ROWS", [(8, 24)])
+    monkeypatch.setattr(train_saes, "N_FEATURES", 64)
+    model = from_pretrained("toy-neox")
+    weights = train_saes.train(model, 0, 30)
+    keys = list(train_saes.activations(model, torch.zeros(1, 3, dtype=torch.long)))
+    train_saes.save(weights, keys, tmp_path)
+    saes = load_saes(str(tmp_path), model)
+    assert saes.keys() == set(keys) == load_saes(str(ROOT / "toy" / "saes" / "neox"), model).keys()
+    _, quality = train_saes.measure(model, saes, seed=1, batches=1)
+    assert quality.keys() == set(keys) and all(q["loss_recovered"] > 0.5 for q in quality.values())
+    assert 0.9 < sum(q["fve"] for q in quality.values()) / len(keys) < 1
 
 
 def test_training_prompts_hold_out_what_is_tested():
@@ -116,69 +134,72 @@ def test_training_prompts_hold_out_what_is_tested():
 
 
 def test_the_first_command_of_the_readme(tmp_path):
-    """`python evaluate.py` prints the correlations that the README shows: as its output, and in a table below."""
+    """`python evaluate.py` prints what the README shows, but for the seconds, which have two decimals."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, ROOT / "evaluate.py", "--out", tmp_path], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert result.returncode == 0 and result.stderr == ""
-
-    def overview(text):
-        found = re.finditer(r"^ *(toy-\w+) +((?:-?[\d.]+ *){6})$", text, re.M)
-        return [(m[1], [float(x) for x in m[2].split()]) for m in found]
-
-    printed = overview(result.stdout)
-    assert [name for name, _ in printed] == ["toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2"]
-    wanted = [(name, pytest.approx(values, abs=0.002)) for name, values in printed]
-    assert overview(README) == wanted
-    assert overview(README.replace("|", " ")) == 2 * wanted
+    printed = list(map(words_and_numbers, result.stdout.splitlines()))
+    shown = [block for block in re.findall(r"(?:^ {4}.*\n)+", README, re.M) if "PCC with AP" in block]
+    assert shown
+    for line in "".join(shown).splitlines():
+        words, numbers = words_and_numbers(line)
+        same = [pytest.approx(other, abs=0.002) for text, other in printed if text == words]
+        assert numbers in same or "written to" in line, line
     for name in ("pcc.png", "toy-gpt2-ioi/heatmaps.png", "toy-gemma2-ioi/summary.json", "toy-qwen2-ioi/scores.npz"):
         assert (tmp_path / name).stat().st_size > 1000
 
 
-def test_the_code_in_the_readme_runs():
-    """Its blocks one after the other: RelP's scores and a forward pass with a hook, then a rule of one's own."""
-    namespace, scores = {}, []
-    for code in re.findall(r"```python\n(.*?)```", README, re.S):
+def words_and_numbers(line):
+    """A line's text, and its numbers with three decimals."""
+    number = r"[-+]?\d*\.\d{3}"
+    text = re.sub(r"\d+\.\d\d(?!\d)", "seconds", re.sub(number, "number", line))
+    return " ".join(text.split()), [float(x) for x in re.findall(number, line)]
+
+
+@pytest.mark.parametrize("readme", ["README.md", "support/README.md"])
+def test_the_code_in_the_readmes_runs(readme, monkeypatch):
+    """The blocks of a README one after the other. What they call scores and features are numbers, not all of them 0."""
+    monkeypatch.chdir(ROOT)
+    namespace = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.S)
+    for code in blocks:
         exec(code, namespace)
-        scores.append(namespace["scores"])
-    by_relp, by_another_rule = scores
-    assert by_relp["resid_pre"].shape == by_relp["mlp_out"].shape == by_another_rule["mlp_out"].shape == (1, 4, 16)
-    assert not torch.allclose(by_relp["mlp_out"], by_another_rule["mlp_out"], atol=1e-3)
-    model, tokens = namespace["model"], namespace["original"]
-    assert namespace["logits"].shape == model(tokens).shape and not torch.equal(namespace["logits"], model(tokens))
+        found = namespace["scores" if "scores" in code else "features"]
+        assert all(torch.isfinite(x).all() and x.any() for x in found.values()), code
+    assert blocks
 
 
-def test_features_of_the_shipped_saes():
-    model, tokenizer = from_pretrained("toy-neox"), load_tokenizer("toy-neox")
-    saes = load_saes(str(ROOT / "toy" / "saes" / "neox"), model)
-    pairs, _ = tasks.sva(tokenizer, "across_rc", n=100)  # "The athlete that the managers like" -> does
-    batch = (torch.tensor([getattr(p, part) for p in pairs]) for part in ("original", "patch", "answers"))
-    features = relp.attribute_features(model, *batch, saes, lrp=True)
-    assert len(features) == 13 and features["resid_post", 2].shape == (100, 7, 513)
-
-
-HELP = {"README.md": ["evaluate.py"], "toy/README.md": ["evaluate.py", "toy/train.py", "toy/train_saes.py"]}
-HELP |= {"support/README.md": ["evaluate.py"], "beyond/README.md": ["evaluate.py", "tests/benchmark.py"]}
-HELP |= {f"{folder}/README.md": ["evaluate.py", "toy/plant.py"] for folder in ("beyond/edges", "toy/planted")}
-HELP |= {"tests/README.md": ["evaluate.py", "tests/benchmark.py", "tests/fuzz.py"]}
+COMMANDS = [
+    "evaluate.py",
+    *(f"-m beyond.{name}" for name in ("edges", "grid", "verify", "audit", "conservation")),
+    *(f"toy/{name}.py" for name in ("train", "train_saes", "plant")),
+    *("tests/benchmark.py", "course/build.py"),
+]
+READMES = ["README.md", "CONTRIBUTING.md", *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("[!.]*/**/*.md"))]
 
 
 @cache
-def help_of(script):
-    command = [sys.executable, ROOT / script, "--help"]
+def options_of(command):
+    """The options in its --help."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    run = [sys.executable, *command.split(), "--help"]
+    return options(subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.parametrize("readme", HELP)
+def options(text):
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+
+
+@pytest.mark.parametrize("readme", READMES)
 def test_the_options_in_the_readmes_exist(readme):
-    """Each is an option of the project's command, or of another script that this README is about."""
-
-    def options(text):
-        return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
-
-    known = {"--nproc-per-node"}  # torchrun's
-    for script in HELP[readme]:
-        known |= options(help_of(script))
-    assert len(known) > 20 and options((ROOT / readme).read_text(encoding="utf-8")) <= known
+    """In a command those of this command, anywhere else those of some command."""
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    for line in re.findall(r"^ {4}.*\b(?:python|torchrun)\b.*$", text, re.M):
+        for command in COMMANDS:
+            if command in line:
+                given = options(line.split(command)[1])
+                assert given <= options_of(command), line
+    known = set().union(*map(options_of, COMMANDS)) | {"--nproc-per-node", "--check"}  # torchrun's and ruff's
+    assert options(text) <= known

@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is a folder of scripts, not a package
+from checkpoint import to_checkpoint
 from train import EOT, ROOT, TOKENIZER
 
-from models import Config, Transformer, to_checkpoint
+from models import Config, Transformer
 from tasks import Pair
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ def save(out: Path) -> None:
 
 
 def judge(path: Path) -> dict[str, tuple[float, float]]:
-    """{method: (AUROC, precision)} from the edges.npz of `evaluate.py --task edges`, edges ranked by |mean score|.
+    """{method: (AUROC, precision)} from the edges.npz of `python -m beyond.edges`, edges ranked by |mean score|.
 
     AUROC is the probability that an edge of the circuit has a larger score than another edge; a tie counts half.
     Precision is the share of circuit edges among the ten edges with the largest scores.

@@ -1,8 +1,7 @@
 """Train one of the toy models: a small language model of a made-up English that needs the paper's two tasks.
 
-    python toy/train.py --family gpt2 --seed 0            # one model, written to toy/gpt2
-    python toy/train.py --family all --out toy            # all of them, one folder each
-    python toy/train.py --family gpt2 --deep              # the same with 8 layers, written to toy/deep-gpt2
+    python toy/train.py --family gpt2           # one model, written to toy/gpt2
+    python toy/train.py --family all            # all of them, one folder each
 
 The corpus teaches indirect object identification (IOI, paper, Table 2) and subject-verb agreement (Table 3). Two
 things keep a model from solving them by a shortcut. Sentences have optional words, may follow any others and may be
@@ -19,7 +18,6 @@ import re
 import sys
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +25,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project is a folder of scripts, not a package
-from models import Config, Transformer, from_pretrained, to_checkpoint
+from checkpoint import to_checkpoint
+
+import support.families  # noqa: F401 (Qwen3)
+from models import Config, Transformer, from_pretrained
 from tasks import NAMES, OBJECTS, PLACES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -377,19 +378,6 @@ CONFIGS = {  # config.json of each model, with the field names of the library `t
         "use_sliding_window": False,
     }
     | LLAMA_LIKE,
-    "qwen3-moe": {
-        "model_type": "qwen3_moe",
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "hidden_act": "silu",
-        "head_dim": 32,
-        "attention_bias": False,
-        "use_sliding_window": False,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 128,
-        "norm_topk_prob": True,
-    }
-    | LLAMA_LIKE,
     "gemma2": {
         "model_type": "gemma2",
         "architectures": ["Gemma2ForCausalLM"],
@@ -406,40 +394,15 @@ CONFIGS = {  # config.json of each model, with the field names of the library `t
 }
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained.
-
-    repeated       the weight in the loss of a name that its row has mentioned before: what IOI asks for, one token in
-                   twelve
-    embedding_std  of the initial token embeddings; None: as of the other matrices
-    """
-
-    steps: int = 1000
-    repeated: float = 1.0
-    lr: float = 4e-3
-    weight_decay: float = 0.01
-    n_layers: int = 4
-    embedding_std: float | None = None
-
-
-# With rotary positions the models discover the task without help. GPT-2 starts without any notion of distance: with the
+LEARNING_RATE = 4e-3
+STEPS = dict.fromkeys(CONFIGS, 1000) | {"gpt2": 800}
+# The weight in the loss of a name that its row has mentioned before: what IOI asks for, one token in twelve. With
+# rotary positions the models discover the task without help. GPT-2 starts without any notion of distance: with the
 # weight 1 it was still at chance after 1000 steps.
-RECIPES = {family: Recipe() for family in CONFIGS} | {"gpt2": Recipe(steps=800, repeated=5.0)}
-# The harder case: twice as many layers, and embeddings as small as those of real models
-DEEP = Recipe(steps=1200, repeated=5.0, lr=2e-3, weight_decay=0.05, n_layers=8, embedding_std=0.02)
+REPEATED = dict.fromkeys(CONFIGS, 1.0) | {"gpt2": 5.0}
 
 
-def config_of(family: str, n_layers: int) -> dict:
-    """The content of config.json."""
-    config = SHARED | CONFIGS[family]
-    config["n_layer" if family == "gpt2" else "num_hidden_layers"] = n_layers
-    if "layer_types" in config:
-        config["layer_types"] = config["layer_types"][:2] * (n_layers // 2)
-    return config
-
-
-def initialise(model: Transformer, embedding_std: float | None) -> None:
+def initialise(model: Transformer) -> None:
     """Normal weights of variance 1 / d_model, smaller ones where a matrix writes into the residual stream, as in GPT-2.
 
     With GPT-2's own 0.02, a model of this width would have uniform attention for a long time. Norms and biases stay as
@@ -450,8 +413,6 @@ def initialise(model: Transformer, embedding_std: float | None) -> None:
             std = model.config.d_model**-0.5
             if name.endswith((".o.weight", ".down.weight")):
                 std /= math.sqrt(2 * model.config.n_layers)
-            if name == "embed_tokens.weight" and embedding_std:
-                std = embedding_std
             torch.nn.init.normal_(parameter, std=std)
 
 
@@ -467,28 +428,27 @@ def rate(step: int, steps: int) -> float:
     return min((step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def train(family: str, seed: int, recipe: Recipe, out: Path) -> dict:
+def train(family: str, seed: int, steps: int, out: Path) -> dict:
     """Train, save in Hugging Face layout, reload what was saved and measure it; returns the training record.
 
-    The same seed gives the same model on the same machine with the same number of threads.
+    The same seed gives the same model on the same machine with the same number of threads (OMP_NUM_THREADS).
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     started = time.time()
-    config = config_of(family, recipe.n_layers)
+    config = SHARED | CONFIGS[family]
     model = Transformer(Config.from_hf(config))
-    initialise(model, recipe.embedding_std)
+    initialise(model)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{family}, seed {seed}: {n_parameters:,} parameters, {len(VOCAB)} tokens", flush=True)
 
-    steps, decay = recipe.steps, recipe.weight_decay
-    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=decay)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps))
     quick_tests = held_out_prompts(50)
     for step in range(1, steps + 1):
         rows = training_rows(rng, *rng.choice(ROWS))
         losses = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-        weights = loss_weights(rows, recipe.repeated)[:, 1:].flatten()
+        weights = loss_weights(rows, REPEATED[family])[:, 1:].flatten()
         loss = (weights * losses).sum() / weights.sum()
         optimiser.zero_grad()
         loss.backward()
@@ -507,7 +467,8 @@ def train(family: str, seed: int, recipe: Recipe, out: Path) -> dict:
     record = {
         "family": family,
         "seed": seed,
-        **vars(recipe),
+        "steps": steps,
+        "lr": LEARNING_RATE,
         "passes": passes(accuracy),
         "accuracy": {name: round(value, 4) for name, value in accuracy.items()},
         "parameters": n_parameters,
@@ -544,22 +505,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=[*CONFIGS, "all"], required=True, help="which model")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the corpus (default: 0)")
-    parser.add_argument("--deep", action="store_true", help="8 layers and small embeddings")
-    parser.add_argument("--steps", type=int, help="optimiser steps (default: 1000; gpt2 800; deep 1200)")
-    parser.add_argument("--lr", type=float, help="highest learning rate (default: 0.004; deep 0.002)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--out", type=Path, help="folder (default: toy/NAME; with --family all, OUT/NAME)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: 1000; gpt2 800)")
+    parser.add_argument("--out", type=Path, default=ROOT / "toy", help="a folder; the model goes to OUT/FAMILY")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     for family in CONFIGS if args.family == "all" else [args.family]:
-        recipe = DEEP if args.deep else RECIPES[family]
-        recipe = replace(recipe, steps=args.steps or recipe.steps, lr=args.lr or recipe.lr)
-        if args.out and args.family != "all":
-            folder = args.out
-        else:
-            folder = (args.out or ROOT / "toy") / (f"deep-{family}" if args.deep else family)
-        train(family, args.seed, recipe, folder)
+        train(family, args.seed, args.steps or STEPS[family], args.out / family)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Train the toy SAEs: sparse autoencoders on the toy NeoX model, one for its embedding and for every block's outputs.
 
-    python toy/train_saes.py --seed 0            # thirteen SAEs, written to toy/saes/neox
+    python toy/train_saes.py            # thirteen SAEs, written to toy/saes/neox
 
 All thirteen learn from the same forward passes over the corpus of toy/train.py. Each minimises
 
     |x - x_hat|^2 + lambda * sum_i f_i |W_dec_i|,    f = ReLU((x - b_dec) W_enc + b_enc),    x_hat = f W_dec + b_dec
 
-on x in units in which it has mean 0 and variance 1; lambda is steered so that a given number of features is active on a
-token (L0). Features that have stopped firing start anew as directions that the others miss. At the end the decoder is
-fitted once more, by least squares, because the L1 penalty leaves the reconstruction too small. The files are in the
-layout of SAELens, in fp16, and work on the model's activations as they are.
+on x in units in which it has mean 0 and variance 1. lambda is steered so that a given number of features is active on a
+token (L0). Features that no longer fire start anew as directions that the others miss. At the end the decoder is fitted
+once more, by least squares, because the penalty makes the reconstruction too small. The files are in the layout of
+SAELens, in fp16, and work on the model's activations as they are.
 """
 
 import argparse
@@ -29,23 +29,27 @@ from support.saes import SAE, load_saes
 
 NODES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # resid_pre of layer 0 only: the embedding
 ROWS = [(32, 24), (32, 24), (12, 64)]  # (rows, tokens in each), as in training the model, but fewer
+N_FEATURES = 512  # 4 d_model
+L0 = 16  # features that are active on a token, on average
+LEARNING_RATE = 2e-3
 
 
 def activations(model: Transformer, rows: torch.Tensor) -> dict[Key, torch.Tensor]:
     """{(node, layer): [token, d_model]} of the thirteen."""
     _, kept = record(model, rows, NODES)
-    return {key: x.flatten(0, 1) for key, x in kept.items() if key[0] != "resid_pre" or key[1] == 0}
+    return {key: x.flatten(0, 2) for key, x in kept.items() if key[0] != "resid_pre" or key[1] == 0}
 
 
 def stacked(model: Transformer, rng: random.Random, batches: int = 1) -> torch.Tensor:
     """[sae, token, d_model]: the activations of fresh rows."""
-    parts = [
-        torch.stack(list(activations(model, training_rows(rng, *rng.choice(ROWS))).values())) for _ in range(batches)
-    ]
+    parts = []
+    for _ in range(batches):
+        acts = activations(model, training_rows(rng, *rng.choice(ROWS)))
+        parts.append(torch.stack(list(acts.values())))
     return torch.cat(parts, dim=1)
 
 
-def train(model: Transformer, seed: int, steps: int, lr: float, n_features: int, l0: float) -> dict[str, torch.Tensor]:
+def train(model: Transformer, seed: int, steps: int) -> dict[str, torch.Tensor]:
     """The weights of all SAEs as {name: [sae, ...]}, for activations as they are. Prints how it goes."""
     torch.manual_seed(seed)
     rng, started = random.Random(seed), time.time()
@@ -56,17 +60,16 @@ def train(model: Transformer, seed: int, steps: int, lr: float, n_features: int,
     n_saes, _, d = x.shape
 
     # features start as directions of activations
-    W_dec = F.normalize(
-        x[:, torch.randperm(x.shape[1])[:n_features]] + 0.05 * torch.randn(n_saes, n_features, d), dim=-1
-    )
-    W_enc, b_enc, b_dec = W_dec.transpose(1, 2).clone(), torch.zeros(n_saes, 1, n_features), torch.zeros(n_saes, 1, d)
+    tokens = x[:, torch.randperm(x.shape[1])[:N_FEATURES]]
+    W_dec = F.normalize(tokens + 0.05 * torch.randn(n_saes, N_FEATURES, d), dim=-1)
+    W_enc, b_enc, b_dec = W_dec.transpose(1, 2).clone(), torch.zeros(n_saes, 1, N_FEATURES), torch.zeros(n_saes, 1, d)
     weights = [w.requires_grad_() for w in (W_enc, b_enc, W_dec, b_dec)]
-    optimiser = torch.optim.Adam(weights, lr=lr, betas=(0.9, 0.99))
+    optimiser = torch.optim.Adam(weights, lr=LEARNING_RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min((step + 1) / 50, 1, 0.02 + 3 * (1 - step / steps))
     )
-    penalty, fired = torch.full((n_saes, 1), 0.1), torch.zeros(n_saes, n_features)
-    active = torch.full((n_saes,), float(l0))
+    penalty, fired = torch.full((n_saes, 1), 0.1), torch.zeros(n_saes, N_FEATURES)
+    active = torch.full((n_saes,), float(L0))
     for step in range(1, steps + 1):
         x = (stacked(model, rng) - mean) / scale
         f = torch.baddbmm(b_enc, x - b_dec, W_enc).relu()  # [sae, token, feature]
@@ -81,7 +84,7 @@ def train(model: Transformer, seed: int, steps: int, lr: float, n_features: int,
             fires = (f > 0).float()
             fired += fires.sum(1)
             active = 0.9 * active + 0.1 * fires.sum(-1).mean(1)
-            penalty *= (active / l0)[:, None].clamp(0.5, 2) ** 0.05
+            penalty *= (active / L0)[:, None].clamp(0.5, 2) ** 0.05
             if step % 100 == 0:
                 dead = fired == 0
                 if step <= 0.7 * steps:
@@ -154,23 +157,24 @@ def measure(model: Transformer, saes: dict[Key, SAE], seed: int, batches: int = 
     rows = [training_rows(rng, *ROWS[i % len(ROWS)]) for i in range(batches)]
     acts = [activations(model, r) for r in rows]
 
-    def loss(key=None, replace=None):
-        def hook(name, layer, x):
-            return replace(x) if (name, layer) == key else x
+    def loss(key=None, new=None):
+        """The next-token loss; with a key, new(x) takes the place of that activation."""
 
-        hook.nodes = key[:1] if key else ()
-        each = [
-            F.cross_entropy(model(r[:, :-1], hook=hook).flatten(0, 1), r[:, 1:].flatten(), reduction="none")
-            for r in rows
-        ]
-        return torch.cat(each).mean().item()
+        def hook(name, layer, x):
+            return new(x) if (name, layer) == key else x
+
+        losses = []
+        for r in rows:
+            logits = model(r[:, :-1], hook=hook)
+            losses.append(F.cross_entropy(logits.flatten(0, 1), r[:, 1:].flatten(), reduction="none"))
+        return torch.cat(losses).mean().item()
 
     whole, result = loss(), {}
     for key, sae in saes.items():
         x = torch.cat([a[key] for a in acts])
         f, mean = sae.encode(x), x.mean(0)
         ablated = loss(key, mean.expand_as)
-        spliced = loss(key, lambda x, sae=sae: sae.decode(sae.encode(x)))
+        spliced = loss(key, lambda x, sae=sae: x - sae.error(x))
         result[key] = {
             "l0": (f > 0).float().sum(-1).mean().item(),
             "fve": 1 - (sae.error(x).square().sum() / (x - mean).square().sum()).item(),
@@ -207,28 +211,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the corpus (default: 0)")
     parser.add_argument("--steps", type=int, default=1500, help="optimiser steps of about 768 tokens (default: 1500)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (default: 0.002)")
-    parser.add_argument("--features", type=int, default=512, help="dictionary size (default: 512, 4 x d_model)")
-    parser.add_argument("--l0", type=float, default=16, help="features active on a token, on average (default: 16)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "toy" / "saes" / "neox", help="folder (default: toy/saes/neox)"
     )
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     started = time.time()
     model = from_pretrained("toy-neox")
-    weights = train(model, args.seed, args.steps, args.lr, args.features, args.l0)
+    weights = train(model, args.seed, args.steps)
     keys = list(activations(model, training_rows(random.Random(0), 1, 8)))
     save(weights, keys, args.out)
     loss, quality = measure(model, load_saes(str(args.out), model), seed=12345)
     record = {
         "seed": args.seed,
         "steps": args.steps,
-        "lr": args.lr,
-        "features": args.features,
-        "target_l0": args.l0,
+        "lr": LEARNING_RATE,
+        "features": N_FEATURES,
+        "target_l0": L0,
         "model_loss": round(loss, 4),
         "saes": {f"{node}.{layer}": {k: round(v, 4) for k, v in q.items()} for (node, layer), q in quality.items()},
         "minutes": round((time.time() - started) / 60, 1),

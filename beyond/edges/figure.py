@@ -20,7 +20,7 @@ PORTS = {"q": -0.35, "k": 0.0, "v": 0.35}  # where an edge enters a head's box
 
 
 def draw(title: str, edges: list[dict], graph: Graph) -> Figure:
-    """edges: {"edge": name, "score", "role": the position at which it matters most, or None}, the strongest first.
+    """edges: {"edge": name, "score", "role": the position at which it matters most}, the strongest first.
 
     The width of an edge is the size of its score; a dashed one works against the behaviour.
     """
@@ -50,12 +50,12 @@ def draw(title: str, edges: list[dict], graph: Graph) -> Figure:
     handles = [Line2D([], [], color=color, linewidth=2.5, label=LABELS[kind]) for kind, color in COLORS.items()]
     handles.append(Line2D([], [], color="grey", linewidth=2, linestyle="--", label="against the behaviour"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, title="what an edge feeds")
-    if meanings := legend([role or "" for *_, role in shown]):
+    if meanings := legend([role for *_, role in shown]):
         ax.set_title(f"on an edge: the position at which it matters most. {meanings}", fontsize=7, wrap=True)
     return figure
 
 
-def draw_edge(ax, ends: tuple, color: str, width: float, against: bool, role: str | None, number: int) -> None:
+def draw_edge(ax, ends: tuple, color: str, width: float, against: bool, role: str, number: int) -> None:
     """A curve that leaves its writer upward and comes to its reader from below, with its position written on it.
 
     number: how many edges into the same node are drawn before; positions are written at different heights
@@ -67,12 +67,10 @@ def draw_edge(ax, ends: tuple, color: str, width: float, against: bool, role: st
     path = Path(points, [Path.MOVETO, *[Path.CURVE4] * 3])
     line = "--" if against else "-"
     ax.add_patch(FancyArrowPatch(path=path, arrowstyle="-", color=color, linewidth=width, linestyle=line, alpha=0.75))
-    if role:
-        t = 0.85 - 0.1 * (number % 5)
-        weights = np.array([(1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3])  # Bezier's
-        box = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8}
-        text = {"ha": "center", "va": "center", "fontsize": 6.5, "color": color}
-        ax.annotate(role, weights @ points, bbox=box, zorder=2.5, **text)
+    t = 0.85 - 0.1 * (number % 5)
+    weights = np.array([(1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3])  # Bezier's
+    box = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8}
+    ax.annotate(role, weights @ points, bbox=box, zorder=2.5, ha="center", va="center", fontsize=6.5, color=color)
 
 
 def layout(edges: list[tuple[str, str]], graph: Graph) -> dict[str, tuple[float, float]]:

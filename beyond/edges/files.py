@@ -6,34 +6,27 @@ import numpy as np
 from torch import Tensor
 
 from beyond.edges.graph import Graph
-from beyond.edges.scoring import EdgeScores
 from models import Config
 from support.positions import overlay
+from support.prompts import prompt_arrays
 from tasks import Pair, Tokenizer, labels
 
 
-def arrays(graph: Graph, scores: dict[str, EdgeScores], roles: list[str]) -> dict[str, np.ndarray]:
-    """What edges.npz holds. NaN where there is no edge.
+def arrays(graph: Graph, scores: dict[str, Tensor], pairs: list[Pair], judged: list[Pair]) -> dict[str, np.ndarray]:
+    """What edges.npz holds. scores: {method: [pairs, edges]}.
 
-    writers, readers, roles  names
-    <method>                 [pairs, writers, readers], as EdgeScores.whole; one row, the mean, where they are too many
-    <method>_positions       [writers, readers, roles], the mean over the pairs
+    writers, readers  their names
+    <method>          [pairs, writers, readers], NaN where there is no edge
+    lengths, original_tokens, patch_tokens, answers  the pairs, as in scores.npz; with judged_ before it, those that
+                      the circuits were judged on
     """
     there = graph.edges.numpy()
-    result = {"writers": np.array(graph.writers), "readers": np.array(graph.readers), "roles": np.array(roles)}
-    for method, of in scores.items():
-        whole = of.whole.numpy()
-        result[method] = spread(whole, there)
-        if of.roles is not None:
-            result[f"{method}_positions"] = np.moveaxis(spread(of.roles.astype(whole.dtype), there), 0, -1)
-    return result
-
-
-def spread(values: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Values of the edges [n, edges] as [n, writers, readers]."""
-    result = np.full((len(values), *there.shape), np.nan, values.dtype)
-    result[:, there] = values
-    return result
+    result = {"writers": np.array(graph.writers), "readers": np.array(graph.readers)}
+    for method, of_edges in scores.items():
+        result[method] = np.full((len(of_edges), *there.shape), np.nan, of_edges.numpy().dtype)
+        result[method][:, there] = of_edges.numpy()
+    result |= prompt_arrays(pairs)
+    return result | {f"judged_{name}": array for name, array in prompt_arrays(judged).items()}
 
 
 def circuit_json(c: Config, scores: Tensor, kept: Tensor) -> dict:
@@ -46,8 +39,7 @@ def circuit_json(c: Config, scores: Tensor, kept: Tensor) -> dict:
         name: {"score": -score, "in_graph": on}
         for name, score, on in zip(graph.names, scores[graph.edges].tolist(), kept[graph.edges].tolist())
     }
-    # of a pruned circuit, a node is part if it writes; the logits are if they read
-    nodes = dict(zip(graph.writers, kept.any(1).tolist())) | {"logits": bool(kept[:, -1].any())}
+    of_circuit = {node for name, edge in edges.items() if edge["in_graph"] for node in ends(name)}
     return {
         "cfg": {
             "n_layers": c.n_layers,
@@ -55,30 +47,35 @@ def circuit_json(c: Config, scores: Tensor, kept: Tensor) -> dict:
             "parallel_attn_mlp": graph.parallel,
             "d_model": c.d_model,
         },
-        "nodes": {name: {"in_graph": on} for name, on in nodes.items()},
+        "nodes": {name: {"in_graph": name in of_circuit} for name in [*graph.writers, "logits"]},
         "edges": edges,
     }
 
 
+def ends(edge: str) -> tuple[str, str]:
+    """The two nodes of an edge: a0.h1 and a2.h0 of a0.h1->a2.h0<k>."""
+    writer, reader = edge.split("->")
+    return writer, reader.partition("<")[0]
+
+
 def neuronpedia_json(
-    name: str, graph: Graph, drawn: list[dict], pairs: list[Pair], tokenizer: Tokenizer | None, metric: str
+    name: str, graph: Graph, edges: list[dict], pairs: list[Pair], tokenizer: Tokenizer | None, metric: str
 ) -> dict:
-    """A circuit as an attribution graph for Neuronpedia's viewer. drawn: as experiment.describe() lists the edges.
+    """A circuit as an attribution graph for Neuronpedia's viewer. edges: as figure.draw() takes them.
 
     A component is one node, at the position of the strongest edge that it writes to, since an edge's position is that
     of its writer; logits, and what has no such edge, is at the last position. There, a positive weight speaks for the
     behaviour: it is our score times -1. The prompt that is shown is an original one with all roles.
     """
     roles, at = overlay(pairs)
-    example = int((at >= 0).sum(1).argmax())
-    position = {role.strip(): int(i) for role, i in zip(roles, at[example]) if i >= 0}
-    tokens = labels(list(pairs[example].original), tokenizer)
-    edges = [(*edge["edge"].split("->"), edge["score"], edge["role"]) for edge in drawn]
+    shown = int((at >= 0).sum(1).argmax())
+    position = {role.strip(): int(i) for role, i in zip(roles, at[shown]) if i >= 0}
+    tokens = labels(list(pairs[shown].original), tokenizer)
     places, last = {}, len(tokens) - 1
-    for writer, *_, role in edges:  # the strongest first
-        places.setdefault(writer, position.get(role, last))
-    for _, reader, *_ in edges:
-        places.setdefault(reader.partition("<")[0], last)
+    for edge in edges:  # the strongest first
+        places.setdefault(ends(edge["edge"])[0], position.get(edge["role"], last))
+    for edge in edges:
+        places.setdefault(ends(edge["edge"])[1], last)
 
     def node(component: str) -> dict:
         part, _, head = component.partition(".")
@@ -91,14 +88,13 @@ def neuronpedia_json(
 
     nodes = {component: node(component) for component in [*graph.writers, "logits"] if component in places}
     links = {}  # a head reads with q, k and v: one link is their sum
-    for writer, reader, score, _ in edges:
-        ends = nodes[writer]["node_id"], nodes[reader.partition("<")[0]]["node_id"]
-        links[ends] = links.get(ends, 0.0) - score
+    for edge in edges:
+        link = tuple(nodes[component]["node_id"] for component in ends(edge["edge"]))
+        links[link] = links.get(link, 0.0) - edge["score"]
     description = (
-        "A circuit of edges between components (heads and MLPs), found on prompt pairs such as this one. A weight is "
-        f"the edge's score times -1: positive if {metric} falls when the edge is patched, so that the edge speaks for "
-        "the original prompt's answer. The edges into a head's query, key and value are added. A component stands "
-        "where its strongest edge matters most, in the mean over the prompts."
+        f"A circuit of edges between heads and MLPs. A weight is positive if {metric} falls when the edge is patched: "
+        "the edge speaks for the original prompt's answer. The edges into a head's query, key and value are added. A "
+        "component stands where its strongest edge matters most, in the mean over the prompts."
     )
     return {
         "metadata": {

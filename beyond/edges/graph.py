@@ -7,36 +7,40 @@ The stream that a reader sees, before its own norm, is the sum of what all write
 biases, which no prompt changes). So an edge, such as a0.h1->a2.h0<k>, is one term of that sum. Names and order are
 those of EAP-IG's Graph (github.com/hannamw/EAP-IG, src/eap/graph.py).
 
-Shapes: b batch, t position, h head, w writer, r reader; d is d_model, or d_head after an h. Edges are bool tensors
-[writers, readers] on the CPU.
+Shapes: b batch, t position, h head, w writer, r reader; d is d_model, or d_head after an h. A set of edges is a bool
+tensor [writers, readers] on the CPU. Recorded activations have relp's one shape, {(name, layer): [b, t, part, hidden]}.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from models import Attention, Config, Nodes, Rules, Transformer, rotate, upcast
-from relp import difference
+from models import Attention, Config, Pass, Rules, Transformer, rotate, upcast
+from relp import Key, difference, node_of
 
 KINDS = ("q", "k", "v")  # what a head reads
-PLAIN = Rules()
+STREAMS = ("resid_pre", "resid_mid", "resid_post")
+PLAIN = Pass(Rules())
 
 
 @dataclass(frozen=True)
 class Graph:
     """Names and numbers of writers and readers. Both are in the order of the layers; a reader sees the first writers.
 
-    parallel  attention and MLP of a layer read the same stream (GPT-NeoX), so that the MLP does not see the heads
+    parallel   attention and MLP of a layer read the same stream (GPT-NeoX), so that the MLP does not see the heads
+    post_norm  a norm follows attention (Gemma 2 and 3), so that each head's part depends on the other heads' outputs
     """
 
     n_layers: int
     n_heads: int
-    parallel: bool
+    parallel: bool = False
+    post_norm: bool = False
 
     @staticmethod
     def of(c: Config) -> "Graph":
-        return Graph(c.n_layers, c.n_heads, c.block == "parallel")
+        return Graph(c.n_layers, c.n_heads, c.parallel, c.post_norm)
 
     @property
     def writers(self) -> list[str]:
@@ -69,7 +73,7 @@ class Graph:
     def n_seen(self, layer: int, kind: str) -> int:
         """How many writers these readers see: the first ones, up to their own layer."""
         if kind == "logits":
-            return self.writers_of(self.n_layers - 1).stop
+            return len(self.writers)
         sees_heads = kind == "mlp" and not self.parallel
         return self.writers_of(layer).start + (self.n_heads if sees_heads else 0)
 
@@ -87,24 +91,33 @@ class Graph:
             there[: self.n_seen(layer, kind), self.readers_of(layer, kind)] = True
         return there
 
+    def names_of(self, edges: Tensor) -> list[str]:
+        """The names of these edges, such as a0.h1->m2, in the order of edges.nonzero()."""
+        writers, readers = self.writers, self.readers
+        return [f"{writers[w]}->{readers[r]}" for w, r in edges.nonzero().tolist()]
+
     @property
     def names(self) -> list[str]:
-        """The names of the edges, such as a0.h1->m2, in the order of edges.nonzero()."""
-        writers, readers = self.writers, self.readers
-        return [f"{writers[w]}->{readers[r]}" for w, r in self.edges.nonzero().tolist()]
+        """The names of all edges."""
+        return self.names_of(self.edges)
 
     def in_matrix(self, values: Tensor) -> Tensor:
-        """Values of the edges [edges] as [writers, readers], 0 where there is none."""
+        """Values of all edges, in the order of their names, as [writers, readers]: 0 where there is no edge."""
         result = torch.zeros(self.edges.shape, dtype=values.dtype)
         result[self.edges] = values
         return result
 
 
-def stream_of(graph: Graph, layer: int, kind: str) -> tuple[str, int]:
+def stream_of(graph: Graph, layer: int, kind: str) -> Key:
     """The node that holds the stream which these readers see."""
     if kind == "logits":
         return "resid_post", graph.n_layers - 1
     return ("resid_mid" if kind == "mlp" and not graph.parallel else "resid_pre"), layer
+
+
+def recorded(model: Transformer, *names: str) -> list[str]:
+    """Those of the names that the model has: the streams, and the others that are given."""
+    return [name for name in (*STREAMS, *names) if node_of(name) in model.nodes]
 
 
 def ungrouped(model: Transformer) -> Transformer:
@@ -112,11 +125,11 @@ def ungrouped(model: Transformer) -> Transformer:
 
     All other weights are the model's own, not copies.
     """
-    if not hasattr(model, "blocks"):
+    if not isinstance(model, Transformer):
         raise ValueError(f"edges need a models.Transformer, got {type(model).__name__}")
     c = model.config
-    if hasattr(model.blocks[0].attn, "q_norm") and len(model.blocks[0].attn.q_norm.weight) > c.d_head:
-        raise ValueError(f"edges of {c.family} models are not supported: their heads share one norm of the queries")
+    if model.blocks[0].ln1 is None:
+        raise ValueError(f"edges of {c.family} models are not supported: one norm is of the queries of all heads")
     if c.n_kv_heads == c.n_heads:
         return model
     weights = model.state_dict()
@@ -137,48 +150,34 @@ def ungrouped(model: Transformer) -> Transformer:
 def written_by_heads(model: Transformer, layer: int, z: Tensor) -> Tensor:
     """What each head adds to the stream, [h, b, t, d_model], from the heads' outputs z [b, t, h, d].
 
-    In float32 or better. Their sum is attn_out. A bias is divided among the heads. Where a norm follows attention
-    (Gemma 2 and 3), it scales the sum of the heads by one number, and so each head's part of it by the same.
+    In float32 or better. The output matrix's bias belongs to no head: no prompt changes it. Where a norm follows
+    attention (Gemma 2 and 3), it scales the sum of the heads by one number, and so each head's part by the same.
     """
-    block, parts = model.blocks[layer], through_output_matrix(model, layer, z)
-    if block.attn.o.bias is not None:
-        parts = parts + upcast(block.attn.o.bias) / len(parts)
-    if not hasattr(block, "ln1_post"):
+    attn, post = model.blocks[layer].attn, model.blocks[layer].post1
+    parts = torch.einsum("bthe,dhe->hbtd", upcast(z), upcast(attn.o.weight).unflatten(1, z.shape[2:]))
+    if post is None:
         return parts
-    post = block.ln1_post
+    if attn.o.bias is not None:  # it goes through the norm as well: each head gets a share of it
+        parts = parts + upcast(attn.o.bias) / len(parts)
     scale = (post.eps + parts.sum(0).square().mean(-1, keepdim=True)).rsqrt()
     return parts * scale * (post.offset + upcast(post.weight))
 
 
-def through_output_matrix(model: Transformer, layer: int, z: Tensor) -> Tensor:
-    """[b, t, h, d] -> [h, b, t, d_model]: each head's output through its part of the output matrix."""
-    weight = upcast(model.blocks[layer].attn.o.weight).unflatten(1, z.shape[2:])
-    return torch.einsum("bthe,dhe->hbtd", upcast(z), weight)
+def written(model: Transformer, acts: dict[Key, Tensor]) -> Iterator[Tensor]:
+    """What the writers add to the stream in a recorded run, group by group in their order: each [n, b, t, d_model].
 
-
-def contributions(model: Transformer, acts: dict) -> Tensor:
-    """What every writer adds to the stream in a recorded run, [w, b, t, d_model]. Needs resid_pre, z and mlp_out."""
-    parts = [upcast(acts["resid_pre", 0]).unsqueeze(0)]
+    Needs resid_pre, head and mlp_out.
+    """
+    yield upcast(acts["resid_pre", 0]).movedim(2, 0)
     for layer in range(model.config.n_layers):
-        parts += [written_by_heads(model, layer, acts["z", layer]), upcast(acts["mlp_out", layer]).unsqueeze(0)]
-    return torch.cat(parts)
+        yield written_by_heads(model, layer, acts["head", layer])
+        yield upcast(acts["mlp_out", layer]).movedim(2, 0)
 
 
-def changes(model: Transformer, original: dict, patch: dict) -> Tensor:
+def changes(model: Transformer, original: dict[Key, Tensor], patch: dict[Key, Tensor]) -> Tensor:
     """u(x_patch) - u(x_original) of every writer u, [w, b, t, d_model], from the two recorded runs."""
-
-    def change(key: tuple[str, int]) -> Tensor:
-        return difference(original[key], patch[key])
-
-    parts = [change(("resid_pre", 0)).unsqueeze(0)]
-    for layer in range(model.config.n_layers):
-        z = "z", layer
-        if hasattr(model.blocks[layer], "ln1_post"):
-            heads = written_by_heads(model, layer, patch[z]) - written_by_heads(model, layer, original[z])
-        else:
-            heads = through_output_matrix(model, layer, change(z))  # half the work; the bias cancels
-        parts += [heads, change(("mlp_out", layer)).unsqueeze(0)]
-    return torch.cat(parts)
+    of_groups = zip(written(model, original), written(model, patch))
+    return torch.cat([difference(before, after) for before, after in of_groups])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,19 +191,19 @@ def by_head(model: Transformer, layer: int, kind: str) -> tuple[Tensor, Tensor]:
     return linear.weight.unflatten(0, shape), bias
 
 
-def finished(kind: str, y: Tensor, first: int, attn: Attention, rules: Rules = PLAIN) -> Tensor:
+def finished(kind: str, y: Tensor, first: int, attn: Attention, p: Pass = PLAIN) -> Tensor:
     """q, k or v [n, t, h, d] from what the projection returns, at positions from `first` on."""
     if kind == "v":
         return y
     norm = getattr(attn, f"{kind}_norm", None)  # Qwen3's and Gemma 3's: of each head by itself
-    return rotate(y if norm is None else norm(y, rules), first, attn.rotary)
+    return rotate(y if norm is None else norm(y, p), first, attn.rotary)
 
 
 def read_heads(model: Transformer, layer: int, kind: str, streams: Tensor) -> Tensor:
     """q, k or v [b, t, h, d] of all heads, each of which reads a stream of its own: [h, b, t, d_model]."""
-    weight, bias = by_head(model, layer, kind)
-    y = torch.einsum("hbtm,hdm->bthd", model.blocks[layer].ln1(streams, PLAIN), weight) + bias
-    return finished(kind, y, 0, model.blocks[layer].attn)
+    block, (weight, bias) = model.blocks[layer], by_head(model, layer, kind)
+    y = torch.einsum("hbtm,hdm->bthd", block.ln1(streams, PLAIN), weight) + bias
+    return finished(kind, y, 0, block.attn)
 
 
 def read_head(model: Transformer, layer: int, kind: str, streams: Tensor, heads: Tensor, first: int) -> Tensor:
@@ -217,5 +216,5 @@ def read_head(model: Transformer, layer: int, kind: str, streams: Tensor, heads:
 def mlp_out(model: Transformer, layer: int, stream: Tensor) -> Tensor:
     """[b, t, d_model]: mlp_out of the MLP that reads this stream."""
     block = model.blocks[layer]
-    out = block.mlp(block.ln2(stream, PLAIN), PLAIN, Nodes(None, layer))
-    return block.ln2_post(out, PLAIN) if hasattr(block, "ln2_post") else out
+    out = block.mlp(block.ln2(stream, PLAIN), PLAIN)
+    return out if block.post2 is None else block.post2(out, PLAIN)

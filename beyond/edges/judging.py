@@ -1,149 +1,137 @@
-"""Judging circuits on pairs: the curves of f over size, their areas, and the smallest circuit that does the task."""
+"""How well circuits do the task, judged as in MIB's circuit track (arXiv 2504.13151).
 
-import itertools
+With m(circuit) for the metric of a circuit's run, m(model) for all edges and m(empty) for none,
+
+    f = (m(circuit) - m(empty)) / (m(model) - m(empty))                       of the means over the pairs
+
+    CPR   the area under f over the share of edges that is kept, with edges ranked by what they do for the behaviour
+    CMD   the area under |1 - f|, with edges ranked by the size of their score
+
+both by trapezoids over the shares of SHARES; and once more over the logarithm of the share, divided by its range.
+"""
+
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from beyond.edges.circuits import SHARES, TARGET, Circuits, area, best, faithfulness, ranking
+import relp
+from beyond.edges.circuits import Circuits, best, ranking
 from beyond.edges.graph import Graph
-from beyond.edges.scoring import MOST
-from support.memory import BatchSize
+from models import Transformer
 from support.prompts import batches, tensors
-from support.statistics import estimate
+from support.scoring import two_runs
 from tasks import Pair
 
-MEASURES = {  # name: (which curve, over the logarithm of the size?)
-    "cpr": ("signed", False),
-    "cmd": ("absolute", False),
-    "cpr_log": ("signed", True),
-    "cmd_log": ("absolute", True),
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+TARGET = 0.8  # the smallest circuit with this f is written down and drawn
+MOST = 2**28  # numbers that the judge keeps of the patch runs: 1 GiB in float32
+MEASURES = {  # name: (are edges ranked with their sign? is the area over the logarithm of the share?)
+    "cpr": (True, False),
+    "cmd": (False, False),
+    "cpr_log": (True, True),
+    "cmd_log": (False, True),
 }
 
 
 class Judge:
     """Runs circuits on prompt pairs of any lengths, each circuit once.
 
-    What the writers have contributed in the patch runs is kept, if that is at most MOST numbers; otherwise it is
-    computed each time. size: of a batch, which batch_size, if given, may halve.
+    model  one in which each head has a key and a value of its own: see graph.ungrouped
+    size   how many pairs are run together
     """
 
-    def __init__(
-        self,
-        model,
-        pairs: list[Pair],
-        metric: Callable,
-        device: torch.device,
-        size: int,
-        batch_size: BatchSize | None = None,
-    ):
-        self.model, self.pairs, self.metric, self.device, self.size = model, pairs, metric, device, size
-        self.batch_size, self.graph = batch_size or BatchSize(str(size)), Graph.of(model.config)
-        self.known, self.made = {}, {}
+    def __init__(self, model: Transformer, pairs: list[Pair], metric: str | Callable, device, size: int = 32):
+        self.model, self.pairs, self.metric, self.device = model, pairs, metric, device
+        self.graph, self.batches = Graph.of(model.config), list(batches(pairs, size))
         n_tokens = sum(len(pair.original) for pair in pairs)
         self.keeps = n_tokens * len(self.graph.writers) * model.config.d_model <= MOST
+        self.made, self.known = {}, {}  # {batch: Circuits} and {circuit: the metric of each pair}
         self.whole, self.empty = self(self.graph.edges), self(torch.zeros_like(self.graph.edges))
 
     def __call__(self, kept: Tensor) -> Tensor:
         """The metric of each pair [n], in float64."""
         key = kept.numpy().tobytes()
         if key not in self.known:
-            values = torch.empty(len(self.pairs), dtype=torch.float64)
-            for numbers in batches(self.pairs, self.size):
-                for part, of_part in self.batch_size.in_parts(numbers, partial(self.run, kept), self.size):
-                    values[part] = of_part.cpu().double()
-            self.known[key] = values
+            self.known[key] = torch.empty(len(self.pairs), dtype=torch.float64)
+            for i, numbers in enumerate(self.batches):
+                self.known[key][numbers] = self.circuits_of(i)(kept).cpu().double()
         return self.known[key]
 
-    def run(self, kept: Tensor, numbers: list[int], _: int) -> Tensor:
-        """The metric of these pairs."""
-        most = self.batch_size.most_prompts  # batches that were larger are of no use any more
-        self.made = {numbers: made for numbers, made in self.made.items() if len(numbers) <= most}
-        circuits = self.made.get(tuple(numbers))
-        if circuits is None:
-            tokens = tensors([self.pairs[i] for i in numbers], self.device)
-            circuits = Circuits(self.model, *tokens, self.metric)
-            if self.keeps:
-                self.made[tuple(numbers)] = circuits
-        return circuits(kept)
+    def circuits_of(self, i: int) -> Circuits:
+        """What runs circuits on one of the batches; it is kept if memory allows."""
+        if i in self.made:
+            return self.made[i]
+        original, patch, answers = tensors([self.pairs[n] for n in self.batches[i]], self.device)
+        targets = two_runs(self.model, original, patch, answers, self.metric)["targets"]
+        made = Circuits(self.model, original, patch, targets, self.metric)
+        if self.keeps:
+            self.made[i] = made
+        return made
 
-    def f(self, kept: Tensor) -> float:
-        """f of one circuit: the ratio of the means over the pairs."""
-        once = torch.ones(1, len(self.whole), dtype=torch.float64)
-        return float(faithfulness(self(kept), self.whole, self.empty, once)["ratio_of_means"])
-
-
-@dataclass
-class Curve:
-    """f of a method's circuits at SHARES, by one ranking of the items. Sizes are in edges, after pruning."""
-
-    sizes: list[int]
-    f: dict[str, Tensor]  # {"ratio_of_means" or "mean_of_ratios": [shares, weights]}
+    def f(self, kept: Tensor, weights: Tensor | None = None) -> Tensor:
+        """f of one circuit: a number, or [W] for weights [W, pairs] that say how often each pair counts."""
+        weights = torch.ones(len(self.pairs), dtype=torch.float64) if weights is None else weights
+        return relp.faithfulness(*(x * weights for x in (self(kept), self.whole, self.empty)))
 
 
-def curves(judge: Judge, scores: Tensor, by_node: bool, weights: Tensor) -> dict[str, Curve]:
-    """{"signed" or "absolute": Curve} of one method's scores [writers, readers], or of writers.
-
-    weights [W, pairs]: how often each judged pair counts.
-    """
-    result, items = {}, items_of(judge.graph, by_node)
-    for name in ("signed", "absolute"):
-        order = ranking(scores, items, name == "signed")
-        kept = [best(order, int(share * len(order)), judge.graph, by_node) for share in SHARES]
-        values = torch.stack([judge(circuit) for circuit in kept])
-        f = faithfulness(values, judge.whole, judge.empty, weights)
-        result[name] = Curve([int(circuit.sum()) for circuit in kept], f)
-    return result
+def curve(judge: Judge, scores: Tensor, signed: bool, weights: Tensor) -> tuple[list[int], Tensor]:
+    """By one ranking of the edges: the sizes of the circuits at SHARES, after pruning, and their f [shares, W]."""
+    order = ranking(scores, judge.graph, signed)
+    circuits = [best(order, int(share * len(order)), judge.graph) for share in SHARES]
+    return [int(kept.sum()) for kept in circuits], torch.stack([judge.f(kept, weights) for kept in circuits])
 
 
-def items_of(graph: Graph, by_node: bool) -> Tensor:
-    """What is ranked: edges, or writers."""
-    return torch.ones(len(graph.writers), dtype=torch.bool) if by_node else graph.edges
-
-
-def areas(curves: dict[str, Curve]) -> dict[str, Tensor]:
-    """{measure: [W]}, and the same with _mean_of_ratios for the other way of averaging."""
-    result = {}
-    for measure, (which, log) in MEASURES.items():
-        for average, f in curves[which].f.items():
-            suffix = "" if average == "ratio_of_means" else f"_{average}"
-            result[measure + suffix] = area((1 - f).abs() if measure.startswith("cmd") else f, log=log)
-    return result
-
-
-def differences_of(of_methods: dict[str, dict[str, Tensor]]) -> dict:
-    """{"relp - atp": {measure: Estimate}} of every two methods, from {method: {measure: [W]}} on the same resamples."""
+def areas(signed: Tensor, absolute: Tensor) -> dict[str, Tensor]:
+    """{measure of MEASURES: [W]}, from f [shares, W] of both rankings."""
     return {
-        f"{other} - {one}": {
-            measure: estimate(of_methods[other][measure] - values) for measure, values in of_methods[one].items()
-        }
-        for one, other in itertools.combinations(of_methods, 2)
+        name: area(signed if with_sign else (1 - absolute).abs(), log) for name, (with_sign, log) in MEASURES.items()
     }
 
 
-def smallest(judge: Judge, scores: Tensor, by_node: bool) -> tuple[Tensor, int]:
-    """The smallest circuit with f >= TARGET, found by bisection in the ranking by size; and of how many items it is.
+def area(f: Tensor, log: bool = False) -> Tensor:
+    """The area under f [shares, ...] by trapezoids; with log, over the logarithm of the share, divided by its range."""
+    x = torch.tensor(np.log(SHARES) if log else SHARES, dtype=f.dtype)
+    under = torch.trapezoid(f, x, dim=0)
+    return under / (x[-1] - x[0]) if log else under
+
+
+def smallest(judge: Judge, scores: Tensor) -> tuple[Tensor, int]:
+    """The smallest circuit with f >= TARGET, found by bisection in the ranking by size; its edges before pruning.
 
     f does not always rise with the size: between the first of SHARES that reaches TARGET and the one before it, the
     circuit found is one whose next smaller neighbour falls short.
     """
-    order = ranking(scores, items_of(judge.graph, by_node), signed=False)
+    order = ranking(scores, judge.graph, signed=False)
 
-    def circuit(n: int) -> Tensor:
-        return best(order, n, judge.graph, by_node)
+    def reaches(n: int) -> bool:
+        return bool(judge.f(best(order, n, judge.graph)) >= TARGET)
 
     too_few = 0
     for enough in (int(share * len(order)) for share in SHARES):
-        if judge.f(circuit(enough)) >= TARGET:
+        if reaches(enough):
             break
         too_few = enough
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
-        if judge.f(circuit(middle)) >= TARGET:
+        if reaches(middle):
             enough = middle
         else:
             too_few = middle
-    return circuit(enough), enough
+    return best(order, enough, judge.graph), enough
+
+
+def stability(scores: Tensor, n: int, weights: Tensor) -> tuple[Tensor, float]:
+    """How much a circuit depends on the pairs that it was found on: no run of the model is needed.
+
+    scores [pairs, edges]; weights [W, pairs]: how often each pair counts in each resample. In every resample, the n
+    edges with the largest mean scores in size form a circuit. Returns in which share of the circuits each edge is
+    [edges], and the mean over all pairs of circuits of their Jaccard overlap. The circuits are not pruned.
+    """
+    sizes = (weights @ scores.to(weights.dtype)).abs()
+    chosen = torch.zeros_like(sizes).scatter(1, sizes.topk(n).indices, 1)
+    shared = chosen @ chosen.T
+    overlaps = shared / (2 * n - shared)
+    others = ~torch.eye(len(chosen), dtype=torch.bool)
+    return chosen.mean(0), float(overlaps[others].mean())

@@ -1,0 +1,263 @@
+"""Edges between components: who predicts exact edge patching, and whose circuits do the task?
+
+python -m beyond.edges                              the four toy models
+python -m beyond.edges --model gpt2 --verify 20     exact patching of the 20 edges with the largest scores only
+
+Read evaluate_edges(). README.md in this folder explains it.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from beyond.edges import figure, files, tables
+from beyond.edges.circuits import ranking
+from beyond.edges.graph import Graph, ungrouped
+from beyond.edges.judging import SHARES, Judge, areas, curve, smallest, stability
+from beyond.edges.patching import patch_edges
+from beyond.edges.scores import attribute_edges
+from beyond.methods import method
+from models import Transformer
+from support import statistics
+from support.commandline import TOYS, common_parser, load_model, names, parse, prompt_pairs, run, text, whole
+from support.inspector import tokenizer_of
+from support.positions import laid_over, overlay
+from support.processes import say, world
+from support.prompts import tensors
+from support.results import folder_of, save, save_figure, save_json, slug, versions
+from support.scoring import AP, BAR, Method, by_batch, check_finite, main_method, two_runs
+from support.statistics import estimate
+from tasks import Pair
+
+DEFAULT = ["atp", "relp", "twopoint", "eap-ig-5"]
+N_RESAMPLES = 200  # of the pairs that circuits are found on, for their stability
+
+
+def evaluate_edges(name: str, o: argparse.Namespace) -> None:
+    """The experiment on one model: scores, agreement with exact patching, circuits; files, tables, the picture."""
+    # the model, the pairs to score edges and to find circuits on, and those to judge the circuits by
+    model = ungrouped(load_model(name, o))
+    graph, methods = Graph.of(model.config), [method(m, model.config.family, o.rules) for m in o.methods]
+    pairs, judged, judged_on = choose_pairs(name, model, o)
+    say(f"\n{name}: {len(graph.names)} edges, {len(pairs)} prompt pairs to find circuits on, judged on {judged_on}")
+
+    # the scores of all edges, and how well they agree with exact patching
+    found, cost = score_edges(name, model, pairs, methods, o)
+    values, right = found.pop("values"), found.pop("right")
+    means = {m: graph.in_matrix(scores.double().mean(0)) for m, scores in found.items()}
+    groups = [pair.group for pair in pairs]
+    weights = statistics.resamples(groups, seed=o.seed)
+    others = [m for m in found if m != "ap"] if "ap" in found else []
+    agreement = {m: statistics.agreement(found[m], found["ap"], groups, weights) for m in others}
+
+    # circuits: of all sizes, judged on the judged pairs; and the smallest that does the task on the others
+    size = o.batch_size or pairs_at_once(model, pairs + judged)
+    found_on = Judge(model, pairs, o.metric, o.device, size)
+    judge = found_on if judged is pairs else Judge(model, judged, o.metric, o.device, size)
+    of_judged = statistics.resamples([pair.group for pair in judged], seed=o.seed)
+    random = {"random": torch.randn(graph.edges.shape, generator=torch.Generator().manual_seed(o.seed))}
+    curves, of_areas, kept, circuits = {}, {}, {}, {}
+    for m, scores in tqdm((means | random).items(), f"{name} circuits", leave=False, disable=None, bar_format=BAR):
+        curves[m] = {which: curve(judge, scores, which == "signed", of_judged) for which in ("signed", "absolute")}
+        of_areas[m] = areas(*(f for _, f in curves[m].values()))
+        if m in means:
+            kept[m], n = smallest(found_on, scores)
+            inclusion, overlap = stability(found[m], n, weights[1 : 1 + N_RESAMPLES])
+            inclusion = dict(zip(graph.names_of(kept[m]), graph.in_matrix(inclusion)[kept[m]].tolist()))
+            f = float(judge.f(kept[m]))
+            circuits[m] = {"edges": int(kept[m].sum()), "f": f, "overlap": overlap, "inclusion": inclusion}
+
+    # one circuit edge by edge, and the edges that are verified
+    main = methods[o.methods.index(main_method(o.methods))]
+    edges = describe(model, pairs, kept[main.name], means[main.name], main, o)
+    verified = verify(name, model, pairs, means, main, o) if o.verify else None
+
+    summary = {
+        "model": name,
+        "task": "edges",
+        "prompt_pairs": len(pairs),
+        "judged_pairs": len(judged),
+        "judged_on": judged_on,
+        "n_edges": len(graph.names),
+        "metric": o.metric,
+        "accuracy": {run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), right.unbind(1))},
+        "value": {run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), values.unbind(1))},
+        "agreement": estimates(agreement),
+        "differences": estimates(differences(agreement)),
+        "cost": cost,
+        "areas": estimates(of_areas),
+        "area_differences": estimates(differences(of_areas)),
+        "shares": SHARES,
+        "curves": {
+            m: {which: {"edges": sizes, "f": f[:, 0].tolist()} for which, (sizes, f) in of.items()}
+            for m, of in curves.items()
+        },
+        "circuits": circuits,
+        "drawn": {"method": main.name, "edges": edges},
+        "verified": verified,
+        "arguments": vars(o),
+        "versions": versions(),
+    }
+
+    # files, tables, the picture
+    folder = folder_of(o.out, name, "edges", o.prompts)
+    arrays = files.arrays(graph, found, pairs, judged)
+    save(folder / "edges.npz", lambda file: np.savez_compressed(file, **arrays))
+    save_json(folder / "graph.json", files.neuronpedia_json(name, graph, edges, pairs, tokenizer_of(name), o.metric))
+    save_json(folder / "summary.json", summary)
+    circuit_files = {folder / f"circuit-{slug(m)}.json": m for m in kept}
+    for path, m in circuit_files.items():
+        save_json(path, files.circuit_json(model.config, means[m], kept[m]))
+    for path in {*folder.glob("circuit*")} - {*circuit_files}:
+        path.unlink()  # an earlier run's
+    tables.print_summary(summary, methods)
+    if not o.no_plot:
+        title = f"{name}: {len(edges)} edges with f = {circuits[main.name]['f']:.2f}, found by {main.label}"
+        save_figure(folder / "circuit.png", partial(figure.draw, title, edges, graph))
+    say(f"  written to {folder}/")
+
+
+def choose_pairs(name: str, model: Transformer, o: argparse.Namespace) -> tuple[list[Pair], list[Pair], str]:
+    """Pairs to score edges and to find circuits on, pairs to judge circuits by, and these in words."""
+    if o.judge:
+        judged = prompt_pairs(name, model, o, sys.maxsize, o.judge)
+        return prompt_pairs(name, model, o, o.pairs, o.prompts), judged, f"{len(judged)} pairs of {o.judge}"
+    if o.prompts:
+        pairs = prompt_pairs(name, model, o, o.pairs, o.prompts)
+        return pairs, pairs, "the same pairs"
+    pairs = prompt_pairs(name, model, o, o.pairs + o.held_out, None)
+    return pairs[: o.pairs], pairs[o.pairs :], f"{o.held_out} held-out pairs"
+
+
+def score_edges(
+    title: str,
+    model: Transformer,
+    pairs: list[Pair],
+    methods: list[Method],
+    o: argparse.Namespace,
+    only: Tensor | None = None,
+) -> tuple[dict[str, Tensor], dict]:
+    """{method: [pairs, edges]} with "values" and "right" [pairs, 2] of scoring.two_runs(); and what each has cost.
+
+    Edges are in the order of Graph.names. Exact patching is of whole edges, all positions at once, and its cost is the
+    mean over the pairs; other scores are sums over the positions. only: patch these edges, bool [writers, readers]
+    """
+    there, found = Graph.of(model.config).edges, {}
+    cost = {m.name: {"forward": (m.steps or 0) + 2, "backward": m.steps or 1, "seconds": 0.0} for m in methods}
+    if AP in methods:
+        cost["ap"] |= {"forward": 0, "backward": 0}
+    bar = tqdm(total=len(pairs) * len(methods), leave=False, disable=None, delay=2, bar_format=BAR)
+
+    def score(numbers: list[int], rows: int) -> dict[str, Tensor]:
+        original, patch, answers = tensors([pairs[i] for i in numbers], o.device)
+        result = two_runs(model, original, patch, answers, o.metric)
+        targets = result.pop("targets")
+        for m in methods:
+            bar.set_description_str(f"{title} {m.label}")
+            began = time.perf_counter()
+            if m is AP:
+                scores, runs = patch_edges(model, original, patch, targets, o.metric, only=only, rows=rows)
+                cost["ap"]["forward"] += runs / len(pairs)
+            else:
+                scores = attribute_edges(model, original, patch, targets, o.metric, m.lrp, m.steps)
+            result[m.name] = scores[:, there]
+            cost[m.name]["seconds"] += time.perf_counter() - began
+            bar.update(len(numbers))
+        check_finite(title, result, model)
+        return result
+
+    with bar:
+        for numbers, result in by_batch(model, pairs, score, o.batch_size, pairs_at_once(model, pairs)):
+            for what, of_batch in result.items():
+                whole = found.setdefault(what, torch.empty(len(pairs), *of_batch.shape[1:], dtype=of_batch.dtype))
+                whole[numbers] = of_batch.cpu()
+    return found, cost
+
+
+def pairs_at_once(model: Transformer, pairs: list[Pair]) -> int:
+    """How many fit and are fast: the streams that the readers of one layer see are at most 2^23 numbers (2^26)."""
+    streams = (3 * model.config.n_heads + 1) * max(len(pair.original) for pair in pairs) * model.config.d_model
+    return max(1, (2**26 if model.embed_tokens.weight.is_cuda else 2**23) // streams)
+
+
+def describe(model: Transformer, pairs: list[Pair], kept: Tensor, means: Tensor, m: Method, o) -> list[dict]:
+    """The edges of a circuit, the strongest first, each with the role of the position at which it matters most."""
+    labels, at = overlay(pairs)
+    scores = np.full((len(pairs), 1, max(len(pair.original) for pair in pairs), int(kept.sum())), np.nan)
+
+    def score(numbers: list[int], _: int) -> Tensor:
+        original, patch, answers = tensors([pairs[i] for i in numbers], o.device)
+        targets = two_runs(model, original, patch, answers, o.metric)["targets"]
+        by_position = attribute_edges(model, original, patch, targets, o.metric, m.lrp, m.steps, by_position=True)
+        return by_position[:, :, kept].cpu()
+
+    for numbers, of_batch in by_batch(model, pairs, score, o.batch_size, pairs_at_once(model, pairs)):
+        scores[numbers, 0, : of_batch.shape[1]] = of_batch.numpy()
+    roles = [labels[i].strip() for i in np.abs(laid_over(scores, at)[0]).argmax(0)]
+    of_edges = zip(Graph.of(model.config).names_of(kept), means[kept].tolist(), roles)
+    edges = [{"edge": name, "score": score, "role": role} for name, score, role in of_edges]
+    return sorted(edges, key=lambda edge: -abs(edge["score"]))
+
+
+def verify(title: str, model: Transformer, pairs: list[Pair], means: dict, by: Method, o: argparse.Namespace) -> dict:
+    """Exact patching of the o.verify edges with the largest mean scores by one method, the largest first."""
+    graph = Graph.of(model.config)
+    only = torch.zeros(means[by.name].numel(), dtype=torch.bool)
+    only[ranking(means[by.name], graph, signed=False)[: o.verify]] = True
+    only = only.view_as(graph.edges)
+    exact, cost = score_edges(title, model, pairs, [AP], o, only)
+    means = {"ap": graph.in_matrix(exact["ap"].double().mean(0)), **means}
+    scores = {m: of[only].tolist() for m, of in means.items()}
+    edges = [
+        {"edge": name, "scores": {m: of[i] for m, of in scores.items()}} for i, name in enumerate(graph.names_of(only))
+    ]
+    edges.sort(key=lambda edge: -abs(edge["scores"][by.name]))
+    return {"ranked_by": by.name, "edges": edges, "of": len(graph.names), "seconds": cost["ap"]["seconds"]}
+
+
+def differences(of_methods: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """{"relp - atp": {measure: [W]}} of every two methods, from {method: {measure: [W]}} on the same resamples."""
+    return {
+        f"{other} - {one}": {measure: of_methods[other][measure] - x for measure, x in of_methods[one].items()}
+        for one, other in itertools.combinations(of_methods, 2)
+    }
+
+
+def estimates(of_methods: dict[str, dict[str, Tensor]]) -> dict:
+    return {name: {measure: estimate(values) for measure, values in of.items()} for name, of in of_methods.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common_parser("python -m beyond.edges", __doc__.splitlines()[0], without=["nodes", "methods"])
+    parser.add_argument("--methods", type=names, metavar="LIST", help=f"[{','.join(DEFAULT)}, and ap for the toys]")
+    parser.add_argument("--held-out", type=whole, metavar="N", help="pairs of the templates to judge circuits by [100]")
+    parser.add_argument("--judge", type=text, metavar="FILE", help="pairs to judge circuits by, as in --prompts")
+    parser.add_argument("--verify", type=whole, metavar="K", help="exact patching of the K edges of largest score")
+    parser.add_argument("--no-plot", action="store_true", help="draw nothing")
+    o = parse(parser, argv)
+    if world() > 1:
+        raise ValueError("beyond.edges is one process: start it without torchrun")
+    if o.held_out and (o.prompts or o.judge):
+        raise ValueError("--held-out is of the templates: with --prompts or --judge, give pairs to judge by as --judge")
+    o.held_out = o.held_out or 100
+    if o.methods is None:  # exact patching of every edge is for small models
+        o.methods = ["ap"] * all(name in [*TOYS, "toy-planted"] for name in o.model) + DEFAULT
+    if o.verify:
+        o.methods = [m for m in o.methods if m != "ap"]
+    if o.methods in ([], ["ap"]):
+        raise ValueError("--methods needs one besides ap, such as --methods ap,relp")
+    if unfit := [m for m in o.methods if m in ("ig", "atp*")]:
+        raise ValueError(f"method {unfit[0]} has no scores of edges: choose from ap, {', '.join(DEFAULT)}, ...")
+    for name in o.model:
+        evaluate_edges(name, o)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
