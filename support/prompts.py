@@ -12,7 +12,6 @@ from torch import Tensor
 
 import tasks
 from models import first_line
-from support.tokenizer import NoTokenizer, load_tokenizer
 from tasks import Pair, Tokenizer, Unaligned
 
 # Fields of a line: our name, and the name in the feature-circuits data (their "clean" is our original).
@@ -22,30 +21,6 @@ FIELDS = {
     "original_answer": "clean_answer",
     "patch_answer": "patch_answer",
 }
-
-
-def node_pairs(
-    name: str,
-    n_vocab: int,
-    prompts: str | Path | None = None,
-    pairs: int | None = None,
-    seed: int = 0,
-    corruption: str = "swap",
-    bos: bool = True,
-) -> list[Pair]:
-    """The first `pairs` pairs of the file `prompts` (None: all), or of the IOI templates (None: 100), for a model.
-
-    name, n_vocab: the model's. It needs no tokenizer if the file has only token ids.
-    """
-    try:
-        tokenizer = load_tokenizer(name)
-    except NoTokenizer:
-        if not prompts:
-            raise
-        tokenizer = None
-    if prompts:
-        return read_pairs(prompts, tokenizer, bos, n_vocab)[:pairs]
-    return tasks.ioi(tokenizer, 100 if pairs is None else pairs, seed, corruption, bos)
 
 
 def read_pairs(

@@ -13,13 +13,11 @@ from support.prompts import (
     batches,
     by_group,
     largest_group,
-    node_pairs,
     prompt_arrays,
     read_pairs,
     split,
     tensors,
 )
-from support.tokenizer import NoTokenizer, load_tokenizer
 from tasks import Pair
 
 ROOT = Path(tasks.__file__).parent
@@ -177,25 +175,6 @@ def test_feature_circuits_files(name, tokenizer):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pairs of a command
-
-
-def test_node_pairs(write, tmp_path):
-    tokenizer = load_tokenizer("toy-gpt2")
-    assert node_pairs("toy-gpt2", 1079) == tasks.ioi(tokenizer, 100)
-    assert node_pairs("toy-gpt2", 1079, None, 5, 3, "s2", False) == tasks.ioi(tokenizer, 5, 3, "s2", False)
-    ids = write(IDS, IDS, IDS)
-    assert len(node_pairs("toy-gpt2", 1079, ids)) == 3 and len(node_pairs("toy-gpt2", 1079, ids, 2)) == 2
-    with pytest.raises(ValueError, match="line 1: token id 9 is too large"):
-        node_pairs("toy-gpt2", 9, ids)
-
-
-def test_a_model_without_a_tokenizer(write, tmp_path):
-    ids, mute = write(IDS), str(tmp_path)
-    assert node_pairs(mute, 10, ids)[0].roles == ("5", "6")
-    with pytest.raises(NoTokenizer, match="has no tokenizer"):
-        node_pairs(mute, 10)
-    with pytest.raises(ValueError, match="needs a tokenizer"):
-        node_pairs(mute, 10, write(LINE))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
