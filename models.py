@@ -361,8 +361,6 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         c = self.config
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be [batch, pos], got {list(tokens.shape)}")
         self.check_ids(tokens)
         if tokens.shape[1] > c.n_ctx:
             raise ValueError(f"prompts of {tokens.shape[1]} tokens exceed this model's context of {c.n_ctx}")
@@ -602,6 +600,7 @@ FAMILIES = {  # model_type in config.json: (how it is read, names)
     "llama": (llama_config, COLUMNS["llama"]),
 }
 BLOCKS, TIDY = {}, {}  # {family: a subclass of Block, or what is done to its tensors first}, where they differ
+READERS = {}  # {the end of a file's name: a function like read_checkpoint()}: support/gguf.py has one
 NOT_OURS = re.compile(r"\batt(n|ention)\.(masked_)?bias$|rotary_emb\.inv_freq$")  # buffers of old checkpoints
 
 
@@ -642,8 +641,8 @@ def from_pretrained(name: str, dtype: torch.dtype = torch.float32, device: str |
     Its weights need no gradient and keep the checkpoint's values: nothing is folded or centred. ValueError, in one
     line, for what cannot be downloaded, a family that is not ours, a corrupt file, and weights that do not fit.
     """
-    folder = folder_of(name)
-    return filled(Config.from_hf(read_json(folder / "config.json")), read_weights(folder), dtype, device)
+    hf, tensors = READERS.get(Path(SHORT_NAMES.get(name, name)).suffix, read_checkpoint)(name)
+    return filled(Config.from_hf(hf), tensors, dtype, device)
 
 
 def from_transformers(hf_model: nn.Module) -> Transformer:
@@ -692,10 +691,11 @@ def folder_of(name: str) -> Path:
     return folder
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint; safetensors are mapped, not read. A pickle's code is never run."""
+def read_checkpoint(name: str) -> tuple[dict, dict[str, Tensor]]:
+    """config.json and all tensors; safetensors are mapped, not read. A pickle's code is never run."""
     from safetensors.torch import load_file
 
+    folder = folder_of(name)
     names = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
     files, tensors = next((files for name in names if (files := sorted(folder.glob(name)))), []), {}
     if not files:
@@ -705,7 +705,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         except Exception as error:  # damaged files can run into anything
             raise ValueError(f"{file} is corrupt, cut off, or holds more than tensors: {first_line(error)}") from None
-    return tensors
+    return read_json(folder / "config.json"), tensors
 
 
 def read_json(path: Path) -> dict:

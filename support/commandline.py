@@ -38,7 +38,8 @@ import torch
 
 import models
 import relp
-import support.experts  # noqa: F401
+import support.experts  # noqa: F401 (newer families)
+import support.gguf  # noqa: F401 (GGUF files)
 import tasks
 from support import processes, prompts, results
 from support.processes import say

@@ -11,7 +11,7 @@ from pathlib import Path
 import regex  # tiktoken brings it
 import tiktoken
 
-from models import first_line, folder_of, read_json
+from models import SHORT_NAMES, first_line, folder_of, read_json
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM2 first cuts out each digit. A run of spaces then ends at a digit as at the end of the text.
@@ -31,11 +31,15 @@ def load_tokenizer(name: str) -> "ByteLevel | Library":
     It has bos_id (of BOS, else of EOS, else None), n_vocab (1 + the largest id), encode, encode_after and decode.
     NoTokenizer if the checkpoint has none. ValueError if its file cannot be read.
     """
-    folder = folder_of(name)
-    config = read(folder / "tokenizer_config.json") or {}
-    file, spec = "tokenizer.json", read(folder / "tokenizer.json")
-    if spec is None:
-        file, spec = "vocab.json or merges.txt", gpt2_spec(name, folder, config)
+    source = Path(SHORT_NAMES.get(name, name))
+    if source.suffix in SPECS:
+        file, (config, spec) = source.name, SPECS[source.suffix](name)
+    else:
+        folder = folder_of(name)
+        config = read(folder / "tokenizer_config.json") or {}
+        file, spec = "tokenizer.json", read(folder / "tokenizer.json")
+        if spec is None:
+            file, spec = "vocab.json or merges.txt", gpt2_spec(name, folder, config)
     try:
         parts = byte_level(spec)
         tokenizer = ByteLevel(spec, *parts) if parts else Library(spec)
@@ -52,6 +56,9 @@ def load_tokenizer(name: str) -> "ByteLevel | Library":
     known = [token for token in (*named, *WELL_KNOWN_BOS) if token in tokenizer.id_of]
     tokenizer.bos_id = tokenizer.id_of[known[0]] if known else None
     return tokenizer
+
+
+SPECS = {}  # {the end of a file's name: a function that gives what tokenizer_config.json and tokenizer.json would say}
 
 
 class NoTokenizer(ValueError):
