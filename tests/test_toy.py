@@ -201,5 +201,6 @@ def test_the_options_in_the_readmes_exist(readme):
             if command in line:
                 given = options(line.split(command)[1])
                 assert given <= options_of(command), line
-    known = set().union(*map(options_of, COMMANDS)) | {"--nproc-per-node", "--check", "--no-deps"}  # torchrun's and ruff's
+    of_others = {"--nproc-per-node", "--check", "--no-deps"}  # torchrun's, ruff's and pip's
+    known = set().union(*map(options_of, COMMANDS)) | of_others
     assert options(text) <= known
