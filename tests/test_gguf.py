@@ -82,8 +82,9 @@ def test_what_is_read_of_the_tokenizer(tmp_path):
 @pytest.mark.parametrize("how, says", [
     (dict(without=["blk.1.attn_q.weight"]), "Missing key.*blocks.1.attn.q.weight"),
     (dict(without=["llama.block_count"]), "lacks a field.*num_hidden_layers"),
-    (dict(fields={"llama.rope.scaling.type": "yarn"}), "rope.scaling.type = yarn, which is not supported"),
+    (dict(fields={"llama.rope.scaling.type": "yarn"}), "rope.scaling.type = 'yarn', which is not supported"),
     (dict(fields={"llama.rope.dimension_count": 4}), "rope.dimension_count = 4, where 8 is supported"),
+    (dict(fields={"llama.attention.sliding_window": 4}), "attention.sliding_window = 4, which is not supported"),
     (dict(fields={"split.count": 2}), "one of several parts"),
 ])  # fmt: skip
 def test_what_is_not_ours_is_one_line(how, says, tmp_path):

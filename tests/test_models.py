@@ -261,6 +261,24 @@ def test_sharded_and_pickled_checkpoints(name, checkpoint, tokens, tmp_path):
     assert same_logits(pickled, path, tokens)
 
 
+def test_an_unembedding_of_its_own_is_used_though_config_json_ties_it(copied, tokens):
+    """As in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    path = copied("gpt2", tensors=lambda t: t | {"lm_head.weight": t["transformer.wte.weight"].flip(0).clone()})
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(path)(tokens).logits
+    torch.testing.assert_close(from_pretrained(str(path))(tokens), wanted, atol=1e-4, rtol=0)
+
+
+def test_shards_of_an_earlier_save_are_not_mixed_in(checkpoint, tmp_path):
+    path, hf = checkpoint("llama")
+    hf.save_pretrained(tmp_path, max_shard_size="20KB")
+    shutil.copy(path / "model.safetensors", tmp_path / "model-00001-of-00001.safetensors")
+    with pytest.raises(ValueError, match="model-.*safetensors .*multiple values for keyword argument 'model"):
+        from_pretrained(str(tmp_path))
+
+
 LAYER = "model.layers."
 
 
