@@ -222,6 +222,16 @@ def test_rope_scaling_matters(checkpoint, copied, tokens):
     )
 
 
+def test_rope_scaling_wins_beside_rope_parameters(copied, tokens):
+    """As in transformers, whatever the other says."""
+    from transformers import AutoModelForCausalLM
+
+    path = copied("llama3", {"rope_scaling": {**LLAMA3_ROPE, "factor": 2.0}})
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(path)(tokens).logits
+    torch.testing.assert_close(from_pretrained(str(path))(tokens), wanted, atol=1e-4, rtol=0)
+
+
 def old_gpt2(tensors):
     masks = {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}
     return {k.removeprefix("transformer."): v for k, v in tensors.items()} | masks
