@@ -55,8 +55,8 @@ SAES = {  # of a model, if --saes names none
 # Table 5, Figures 1 and 2: how well the methods predict AP of nodes
 
 
-def evaluate_nodes(name: str, o: argparse.Namespace) -> tuple[dict, list]:
-    """The experiment on one model: what summary.json holds, and what inspect.html will show of it."""
+def evaluate_nodes(name: str, o: argparse.Namespace) -> dict:
+    """The experiment on one model: what summary.json holds."""
     # the model, its prompt pairs, and the scores of all methods
     model, pairs = load(name, o)
     methods = [method(m, model.config.family, o.rules, o.steps) for m in o.methods]
@@ -83,16 +83,16 @@ def evaluate_nodes(name: str, o: argparse.Namespace) -> tuple[dict, list]:
         "versions": results.versions(),
     }
     if processes.rank() > 0:
-        return summary, []
+        return summary
 
-    # table, files, figure
+    # table, files, figure, page
     tables.print_report(summary, methods, o.nodes, paper_numbers(name, o))
     if AP not in methods:
         tables.print_strongest(found.scores, methods, o.nodes, pairs)
     arrays = {f"{m}_{node}": scores for (m, node), scores in found.scores.items()}
     arrays |= {"values": found.values, **prompts.prompt_arrays(pairs)}
-    folder, shown = results.folder_of(o.out, name, o.task, o.prompts), []
-    with results.replacing(folder, "heatmaps.png") as new:
+    folder = results.folder_of(o.out, name, o.task, o.prompts)
+    with results.replacing(folder, "heatmaps.png", "inspect.html") as new:
         save(new / "scores.npz", lambda file: np.savez_compressed(file, **arrays))
         save_json(new / "summary.json", summary)
         if not o.no_plot:
@@ -100,9 +100,10 @@ def evaluate_nodes(name: str, o: argparse.Namespace) -> tuple[dict, list]:
 
             maps = partial(figures.heatmaps, name, found.scores, methods, o.nodes, pairs, o.metric)
             save_figure(new / "heatmaps.png", maps)
-            shown = [inspector.of_nodes(name, found.scores, methods, o.nodes, pairs, o.metric, found.values)]
+            page = inspector.of_nodes(name, found.scores, methods, o.nodes, pairs, o.metric, found.values)
+            inspector.write(new / "inspect.html", page)
     say(f"  written to {folder}/")
-    return summary, shown
+    return summary
 
 
 def of_both_runs(values: np.ndarray, weights: torch.Tensor) -> dict:
@@ -131,8 +132,8 @@ def compare_models(summaries: list[dict], o: argparse.Namespace) -> None:
 # Section 5.2, Figure 3: circuits of SAE features behind subject-verb agreement
 
 
-def evaluate_circuits(name: str, o: argparse.Namespace) -> tuple[dict, list]:
-    """The experiment on one model: circuits found on discovery pairs, and judged on held-out pairs. As above."""
+def evaluate_circuits(name: str, o: argparse.Namespace) -> dict:
+    """The experiment on one model: circuits found on discovery pairs, and judged on held-out pairs."""
     # the model, its units, and the prompt pairs of each structure
     model, tokenizer = load_model(name, o), load_tokenizer(name)
     source = o.saes or SAES.get(name)
@@ -143,7 +144,7 @@ def evaluate_circuits(name: str, o: argparse.Namespace) -> tuple[dict, list]:
     say(f"\n{name}: {len(saes)} SAEs, {o.pairs} discovery and {o.held_out} held-out pairs, {o.dtype} on {o.device}")
 
     # circuits of each structure
-    structures, shown = {}, []
+    structures = {}
     for structure, (discovery, held_out) in pairs.items():
         found = score_units(f"{name} {structure}", model, discovery, units, methods, o)
         s = structures[structure] = judge(model, discovery, held_out, units, found, o)
@@ -151,8 +152,6 @@ def evaluate_circuits(name: str, o: argparse.Namespace) -> tuple[dict, list]:
         tokens = torch.cat(prompts.tensors(held_out, o.device)[:2]).unique(dim=0)
         s.strongest = circuits.strongest_units(s, model, tokens, tokenizer, saes, o.top)
         tables.print_structure(structure, s, labels, o.metric)
-        if not o.no_plot:
-            shown.append(inspector.of_features(f"{name}, {structure}", s, model, tokens, tokenizer, saes, methods, o))
 
     # their averages: table, files, figures
     summary = {"model": name, "task": o.task, "saes": source, **circuits.summarise(structures, o.seed)}
@@ -168,9 +167,8 @@ def evaluate_circuits(name: str, o: argparse.Namespace) -> tuple[dict, list]:
 
             curves = partial(figures.faithfulness, name, structures, labels, o.metric, o.seed)
             save_figure(new / "faithfulness.png", curves, dpi=110)
-            save_figure(new / "circuits.png", partial(figures.circuits, name, structures, labels), dpi=110)
     say(f"  written to {folder}/")
-    return summary, shown
+    return summary
 
 
 def load_units(name: str, source: str | None, model: models.Transformer, nodes: list[str] | None) -> dict[str, dict]:
@@ -381,18 +379,13 @@ def options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    o, found, shown = options(argv), [], []
+    o, found = options(argv), []
     try:
         for name in o.model:
-            summary, of_model = EXPERIMENTS[o.task](name, o)
-            found.append(summary)
-            shown += of_model
+            found.append(EXPERIMENTS[o.task](name, o))
     finally:  # if a model fails, what has been found of those before it is shown all the same
         if o.task == "ioi" and len(found) > 1 and "ap" in o.methods and processes.rank() == 0:
             compare_models(found, o)
-        if shown:
-            inspector.write(Path(o.out) / "inspect.html", shown)
-            print(f"  to look at every score, open {Path(o.out) / 'inspect.html'} in a browser")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Figures 1, 2 and 3 of the paper, and a picture of each circuit. Every function returns a matplotlib Figure.
+"""Figures 1, 2 and 3 of the paper. Every function returns a matplotlib Figure.
 
 Sizes and places are in inches. Nothing is laid out by matplotlib itself: its layout engines take most of the time.
 """
@@ -27,8 +27,6 @@ COLORS = {
     "ig": "#e08a1e",
 }
 CELL = 0.19  # the width and the height of a cell in a heat map
-ORDER = ["resid_pre", "z", "attn_out", "resid_mid", "mlp_out", "resid_post"]  # of nodes within a layer, upward
-PER_CELL = 8  # units of one node and position; of more, the strongest are drawn
 
 
 def lines(text: str, width: float) -> str:
@@ -227,58 +225,3 @@ def faithfulness(
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center right")
     headline(figure, lines(f"{title}: circuits on held-out pairs, {metric}; bold: mean of the structures", 12))
     return figure
-
-
-def circuits(title: str, structures: dict[str, Structure], labels: dict[str, str]) -> Figure:
-    """Each structure's chosen circuit: the judged layers upward, positions across; a unit's area is its score."""
-    nodes = {key for s in structures.values() for key in s.features[s.main] if key[1] >= s.first_layer}
-    nodes = sorted(nodes, key=lambda key: (key[1], ORDER.index(key[0])))
-    columns = min(2, len(structures))
-    rows = -(-len(structures) // columns)
-    height = 0.4 * len(nodes)
-    figure = Figure(figsize=(8 * columns, (height + 0.8) * rows + 0.4))
-    for i, (name, s) in enumerate(structures.items()):
-        y = 0.4 + (rows - 1 - i // columns) * (height + 0.8)
-        ax = place(figure, 1.1 + 8 * (i % columns), y, 6.8, height)
-        draw_units(ax, nodes, s)
-        size = f"{s.chosen['size']} units from layer {s.first_layer} on"
-        ax.set_title(lines(f"{name}: {size}, faithfulness {s.chosen['faithfulness']:.2f}", 7), fontsize=10)
-    method = labels[next(iter(structures.values())).main]
-    what = f"{title}: SAE features (their numbers) and errors (squares), area by {method} score;"
-    meaning = "blue carries the original's answer, red speaks against it"
-    headline(figure, f"{lines(what, 8 * columns)}\n{meaning}")
-    return figure
-
-
-def draw_units(ax: Axes, nodes: list, s: Structure) -> None:
-    """A row for each of the nodes (name, layer); within a position, the strongest units from left to right."""
-    scores = s.features[s.chosen["method"]]
-    cells = {}  # (node, pos) -> its units, the strongest first
-    for key, pos, i in s.chosen["units"]:
-        cells.setdefault((key, pos), []).append(i)
-    widths = [1] * len(s.roles)
-    for (_, pos), units in cells.items():
-        widths[pos] = max(widths[pos], min(len(units), PER_CELL) + (len(units) > PER_CELL))
-    edges = np.concatenate([[0], np.cumsum(widths)])
-    drawn = {"o": [], "s": []}  # features, errors: x, y, score
-    for (key, pos), units in cells.items():
-        y, x = nodes.index(key), edges[pos] + 0.5
-        for i in units[:PER_CELL]:
-            error = i == scores[key].shape[1] - 1
-            drawn["s" if error else "o"].append((x, y, float(scores[key][pos, i])))
-            ax.annotate("err" if error else str(i), (x, y), ha="center", va="center", fontsize=6)
-            x += 1
-        if len(units) > PER_CELL:
-            ax.annotate(f"+{len(units) - PER_CELL}", (x, y), ha="center", va="center", fontsize=7)
-    largest = max((abs(value) for of in drawn.values() for *_, value in of), default=1.0)
-    for marker, of in drawn.items():
-        x, y, value = np.array(of).reshape(-1, 3).T
-        colors = np.where(value > 0, "#d6604d", "#4393c3")
-        ax.scatter(x, y, s=25 + 550 * np.abs(value) / largest, marker=marker, color=colors, linewidths=0)
-    ax.set_xticks((edges[:-1] + edges[1:]) / 2, s.roles)
-    ax.set_yticks(range(len(nodes)), [f"{layer} {node}" for node, layer in nodes], fontsize=8)
-    ax.set_xlim(0, edges[-1])
-    ax.set_ylim(-0.7, len(nodes) - 0.3)
-    ax.grid(axis="y", linewidth=0.3)
-    for x in edges[1:-1]:
-        ax.axvline(x, color="grey", linewidth=0.4)

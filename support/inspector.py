@@ -1,6 +1,6 @@
 """inspect.html: one page on which every score of a run can be looked at. inspect.html beside this file is its template.
 
-What a run has is packed into `Shown`, one for each model (for --task sva, one for each structure). The page has maps of
+What a run has is packed into `Shown`. The page has maps of
 layers and tokens. A map is stored in 16 bits per score, with one scale: a score is exact to 1/65534 of the largest one
 in its map. There is one map per method and kind of node for the means over the pairs, and another one for the pairs one
 by one. "No value" is kept apart from 0.
@@ -8,16 +8,12 @@ by one. "No value" is kept apart from 0.
 
 import base64
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass, field
-from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import relp
-from support.circuits import Structure
 from support.positions import laid_over, legend, overlay
 from support.results import save, without_nan
 from support.scoring import Method
@@ -29,8 +25,7 @@ HERE = "{{data}}"  # where the data goes in the template
 LARGEST = 32767
 NO_VALUE = -32768
 MOST = 2**20  # numbers of one model, about 3 MB of the page; if there are more, only the first pairs are shown
-PARTS = 8  # how many heads, neurons or features of a cell are shown
-FIRES_ON = 3  # prompts per feature
+PARTS = 8  # how many heads or neurons of a cell are shown
 WHOLE = {"head": "attn_out", "neuron": "mlp_out"}  # where a reader looks for these, beside relp.PARTS_OF
 
 
@@ -55,16 +50,13 @@ class Kind:
 class Shown:
     """What the page shows of one model.
 
-    task      "nodes" or "features"
     tokens    the tokens that occur; prompts are numbers of these
     examples  the pairs: original, patch, answers, roles, values (the metric of both runs), at (see positions.overlay)
     n_pairs   how many there were, and `laid_over` how many of them the means are of
     values    the metric of both runs, mean over the pairs
-    prompts   those on which features fire
     """
 
     title: str
-    task: str
     metric: str
     methods: list[dict]
     rows: list[str]
@@ -76,19 +68,17 @@ class Shown:
     laid_over: int
     values: list[float]
     meanings: str
-    prompts: list[str] = field(default_factory=list)
 
 
-def write(path: Path, shown: list[Shown]) -> None:
+def write(path: Path, shown: Shown) -> None:
     """The page. ValueError if the file cannot be written."""
     template = TEMPLATE.read_text(encoding="utf-8")
     save(path, lambda file: file.write(template.replace(HERE, embedded(shown)).encode()))
 
 
-def embedded(shown: list[Shown]) -> str:
+def embedded(shown: Shown) -> str:
     """JSON that does no harm within an HTML script element: ASCII, without < > &."""
-    content = {"models": [without_nan(asdict(one)) for one in shown]}
-    text = json.dumps(content, separators=(",", ":"))
+    text = json.dumps(without_nan(asdict(shown)), separators=(",", ":"))
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 
 
@@ -178,7 +168,6 @@ def of_nodes(
     tokens, examples = prompts_shown(pairs[:n], tokenizer_of(name), at, values)
     return Shown(
         title=name,
-        task="nodes",
         metric=metric,
         methods=method_names(methods),
         rows=[str(layer) for layer in range(n_layers)],
@@ -191,58 +180,3 @@ def of_nodes(
         values=values.mean(0).tolist(),
         meanings=legend(columns),
     )
-
-
-def of_features(
-    title: str, s: Structure, model, prompts: torch.Tensor, tokenizer, saes: dict, methods: list[Method], o
-) -> Shown:
-    """Features of --task sva, mean over the discovery pairs. o: the command's options; prompts: token ids [n, pos]."""
-    scores, n_positions = s.features, len(s.roles)
-    keys = list(scores[methods[0].name])
-    n_layers = 1 + max(layer for _, layer in keys)
-    _, acts = relp.record(model, prompts, {node for node, _ in saes})
-    kinds = []
-    for node, _ in Counter(node for node, _ in keys).most_common():  # those with SAEs in most layers first
-        layers = [layer for other, layer in keys if other == node]
-        units = max(scores[methods[0].name][node, layer].shape[1] for layer in layers)
-        maps = {m.name: np.full((n_layers, n_positions, units), np.nan) for m in methods}
-        for (m, of_layers), layer in product(maps.items(), layers):
-            values = scores[m][node, layer].cpu().double().numpy()
-            of_layers[layer, :, : values.shape[1]] = values
-        parts = strongest_parts({m: x.reshape(-1, units) for m, x in maps.items()})
-        index = np.frombuffer(base64.b64decode(parts["index"]), "<u4").reshape(n_layers, n_positions, -1)
-        fires = {}
-        for layer, pos in product(layers, range(n_positions)):
-            x = acts[node, layer][:, pos, 0]
-            fires[f"{layer},{pos}"] = fires_most(saes[node, layer], x, index[layer, pos].tolist())
-        errors = {layer: len(saes[node, layer].W_dec) for layer in layers}  # the number of the SAE's error
-        parts = {"what": "feature", "of": units, "mean": parts, "fires": fires, "errors": errors}
-        sums = {m: np.where(np.isnan(x).all(-1), np.nan, np.nansum(x, -1)) for m, x in maps.items()}
-        kinds.append(Kind(node, {m: packed(x) for m, x in sums.items()}, parts=parts))
-    tokens, examples = prompts_shown(s.held_out[:1], tokenizer, np.arange(n_positions)[None], None)
-    skip = int(s.held_out[0].roles[0] == "BOS")
-    return Shown(
-        title=title,
-        task="features",
-        metric=o.metric,
-        methods=method_names(methods),
-        rows=[str(layer) for layer in range(n_layers)],
-        columns=s.roles,
-        kinds=kinds,
-        tokens=tokens,
-        examples=examples,
-        n_pairs=o.pairs,
-        laid_over=o.pairs,
-        values=[s.discovery["original"], s.discovery["patch"]],
-        meanings=legend(s.roles),
-        prompts=[tokenizer.decode(ids) for ids in prompts[:, skip:].tolist()],
-    )
-
-
-def fires_most(sae, x: torch.Tensor, units: list[int]) -> list:
-    """Of each unit the prompts on which it fires most: [[[prompt, activation], ...], ...]. x: [prompts, d]."""
-    error = sae.error(x).norm(dim=-1, keepdim=True)
-    active = torch.cat([sae.encode(x), error], dim=-1)[:, units]
-    values, prompts = active.topk(min(FIRES_ON, len(active)), dim=0)
-    of_units = zip(prompts.T.tolist(), values.T.tolist())
-    return [[[p, round(v, 3)] for p, v in zip(*of_unit) if v > 0] for of_unit in of_units]

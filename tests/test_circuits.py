@@ -6,7 +6,6 @@ The command runs on the toy GPT-NeoX model and its SAEs, with few prompts.
 
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -434,32 +433,6 @@ def test_faithfulness_figure(structures):
                 line = next(bold)
                 mean = np.mean([circuits.at_sizes(*of, line.get_xdata())[:, 0].numpy() for of in each], axis=0)
                 assert line.get_ydata() == pytest.approx(mean) and line.get_color() == figures.COLORS[method]
-
-
-def test_the_units_that_are_drawn(structures):
-    """Of each node and position the first few, and how many more there are; none in a layer that is not judged."""
-    structures["other"].first_layer = 1  # as in "one"
-    structures["other"].chosen = circuits.choose(structures["other"])
-    figure = figures.circuits("toy", structures, LABELS)
-    for (name, s), ax in zip(structures.items(), figure.axes, strict=True):
-        scores, cells = s.features["relp"], {}
-        for key, pos, i in s.chosen["units"]:
-            cells.setdefault((key, pos), []).append("err" if i == scores[key].shape[1] - 1 else str(i))
-        wanted, more = Counter(), []
-        for ((node, layer), _), units_there in cells.items():
-            wanted.update((f"{layer} {node}", text) for text in units_there[: figures.PER_CELL])
-            more += [f"+{len(units_there) - figures.PER_CELL}"] * (len(units_there) > figures.PER_CELL)
-        rows = [text.get_text() for text in ax.get_yticklabels()]
-        assert rows == ["1 mlp_out", "1 resid_post"]
-        texts = [(rows[round(text.xy[1])], text.get_text()) for text in ax.texts]
-        assert Counter(text for text in texts if text[1][0] != "+") == wanted and more
-        assert sorted(text for _, text in texts if text[0] == "+") == sorted(more)
-        points = [tuple(point) for of in ax.collections for point in of.get_offsets()]
-        assert len(points) + sum(map(int, more)) == len(s.chosen["units"])
-        assert sorted(points) == sorted(text.xy for text in ax.texts if text.get_text()[0] != "+")
-        errors = sum(text == "err" for _, text in texts)
-        assert [len(of.get_offsets()) for of in ax.collections] == [len(points) - errors, errors] and errors
-        assert f"{name}: {s.chosen['size']} units from layer {s.first_layer} on" in ax.get_title()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

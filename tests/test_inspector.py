@@ -94,17 +94,13 @@ def pairs():
 
 def test_the_numbers_are_those_of_the_scores(pairs, tmp_path):
     scores, values = made_up(pairs)
-    models = [
-        inspector.of_nodes(name, scores, METHODS, NODES, pairs, "logit_diff", values)
-        for name in ("toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2")
-    ]
-    inspector.write(tmp_path / "inspect.html", models)
-    assert (tmp_path / "inspect.html").stat().st_size <= 1e6
+    inspector.write(
+        tmp_path / "inspect.html", inspector.of_nodes("toy-gpt2", scores, METHODS, NODES, pairs, "logit_diff", values)
+    )
+    assert (tmp_path / "inspect.html").stat().st_size <= 3e5
     text = (tmp_path / "inspect.html").read_text()
     assert "http" not in text.replace("http-equiv", "") and "innerHTML" not in text and "src=" not in text
-    found, (_, at) = data_of(tmp_path / "inspect.html"), overlay(pairs)
-    assert len(found["models"]) == 4
-    shown = found["models"][0]
+    shown, (_, at) = data_of(tmp_path / "inspect.html"), overlay(pairs)
     assert [kind["name"] for kind in shown["kinds"]] == NODES and len(shown["examples"]) == shown["n_pairs"] == 100
     for kind in shown["kinds"]:
         for m in METHODS:
@@ -166,60 +162,32 @@ def hostile_model(monkeypatch):
 
 
 def test_hostile_prompts_are_data(monkeypatch, tmp_path):
-    inspector.write(tmp_path / "inspect.html", [hostile_model(monkeypatch)])
+    inspector.write(tmp_path / "inspect.html", hostile_model(monkeypatch))
     text = (tmp_path / "inspect.html").read_bytes()
     assert text.count(b"</script>") == 2 and text.count(b"<!--") == inspector.TEMPLATE.read_bytes().count(b"<!--")
-    found = data_of(tmp_path / "inspect.html")["models"][0]
+    found = data_of(tmp_path / "inspect.html")
     assert found["tokens"] == HOSTILE and found["title"] == "</script>&amp;"
 
 
-def test_the_command_writes_the_page(tmp_path, capsys):
-    given = ["--model", "toy-gpt2", "toy-neox", "--pairs", "4", "--out", str(tmp_path)]
-    evaluate.main([*given, "--no-plot"])
-    assert not (tmp_path / "inspect.html").exists()
+def test_the_command_writes_the_page(tmp_path):
+    page = tmp_path / "toy-gpt2-ioi" / "inspect.html"
+    given = ["--model", "toy-gpt2", "--pairs", "4", "--out", str(tmp_path)]
     evaluate.main(given)
-    assert "inspect.html in a browser" in capsys.readouterr().out
-    shown = data_of(tmp_path / "inspect.html")["models"]
-    assert [model["title"] for model in shown] == ["toy-gpt2", "toy-neox"]
-    for model in shown:
-        with np.load(tmp_path / f"{model['title']}-ioi" / "scores.npz") as file:
-            for kind in model["kinds"]:
-                for m, found in kind["each"].items():
-                    is_close(found, file[f"{m}_{kind['name']}"])
-            assert [pair["values"] for pair in model["examples"]] == file["values"].tolist()
+    shown = data_of(page)
+    assert shown["title"] == "toy-gpt2"
+    with np.load(page.parent / "scores.npz") as file:
+        for kind in shown["kinds"]:
+            for m, found in kind["each"].items():
+                is_close(found, file[f"{m}_{kind['name']}"])
+        assert [pair["values"] for pair in shown["examples"]] == file["values"].tolist()
+    evaluate.main([*given, "--no-plot"])
+    assert not page.exists()  # it would show an earlier run
 
 
-@pytest.fixture(scope="module")
-def features_page(tmp_path_factory):
-    """The page of a run of --task sva, and what its circuit's file has."""
-    out = tmp_path_factory.mktemp("sva")
-    given = ["--task", "sva", "--structures", "across_pp", "--pairs", "6", "--held-out", "6", "--methods", "atp,relp"]
-    evaluate.main([*given, "--nodes", "attn_out,resid_post", "--thresholds", "1e-3,1,3", "--out", str(out)])
-    circuit = json.loads((out / "toy-neox-sva" / "circuit-across_pp.json").read_text())
-    return SimpleNamespace(path=out / "inspect.html", strongest=circuit["strongest"], roles=circuit["roles"])
-
-
-def test_features_and_the_prompts_that_they_fire_on(features_page):
-    (shown,) = data_of(features_page.path)["models"]
-    assert shown["title"] == "toy-neox, across_pp" and shown["columns"] == features_page.roles
-    kinds, n = {kind["name"]: kind for kind in shown["kinds"]}, len(shown["columns"])
-    for unit in features_page.strongest:  # each is among the strongest of its cell, with the same numbers
-        parts = kinds[unit["node"]]["parts"]
-        cell, k = unit["layer"] * n + unit["position"], parts["mean"]["k"]
-        index = np.frombuffer(base64.b64decode(parts["mean"]["index"]), "<u4").reshape(-1, k)[cell].tolist()
-        i = index.index(parts["errors"][str(unit["layer"])] if unit["unit"] == "error" else unit["unit"])
-        for m, score in unit["scores"].items():
-            scores = unpacked(parts["mean"]["scores"][m], (-1, k))
-            assert scores[cell, i] == pytest.approx(score, abs=float(np.nanmax(np.abs(scores))) / 60000)
-        fires = parts["fires"][f"{unit['layer']},{unit['position']}"][i]
-        assert [value for _, value in fires] == pytest.approx([v for _, v in unit["fires_most_on"]], abs=1e-3)
-        assert [shown["prompts"][p] for p, _ in fires] == [text for text, _ in unit["fires_most_on"]]
-
-
-def test_a_page_that_cannot_be_written(tmp_path):
+def test_a_page_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "inspect.html").mkdir()
     with pytest.raises(ValueError, match="cannot write"):
-        inspector.write(tmp_path / "inspect.html", [])
+        inspector.write(tmp_path / "inspect.html", hostile_model(monkeypatch))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,7 +315,7 @@ def nodes_page(pairs, tmp_path_factory):
     scores, values = made_up(pairs[:6], nodes, parts={"head": (4,)})
     shown = inspector.of_nodes("toy-gpt2", scores, METHODS, nodes, pairs[:6], "logit_diff", values)
     path = tmp_path_factory.mktemp("page") / "inspect.html"
-    inspector.write(path, [shown])
+    inspector.write(path, shown)
     return SimpleNamespace(path=path, scores=scores, pairs=pairs[:6], values=values)
 
 
@@ -502,7 +470,7 @@ def test_light_and_dark(browser, nodes_page):
 
 
 def test_hostile_prompts_in_a_browser(browser, monkeypatch, tmp_path):
-    inspector.write(tmp_path / "a #?%22 b.html", [hostile_model(monkeypatch)])
+    inspector.write(tmp_path / "a #?%22 b.html", hostile_model(monkeypatch))
     browser.open(tmp_path / "a #?%22 b.html")
     for pair in (-1, 0, 1):
         browser.choose("#pair", pair)
@@ -518,7 +486,7 @@ def test_a_run_without_ap(browser, pairs, tmp_path):
     methods = METHODS[1:]
     scores, values = made_up(pairs[:3], methods=methods)
     shown = inspector.of_nodes("toy-gpt2", scores, methods, NODES, pairs[:3], "logit_diff", values)
-    inspector.write(tmp_path / "inspect.html", [shown])
+    inspector.write(tmp_path / "inspect.html", shown)
     browser.open(tmp_path / "inspect.html")
     browser.mouse(*browser.at("relp", 1, 3), click=True)
     means = laid_over(scores["relp", "resid_pre"], overlay(pairs[:3])[1])
@@ -527,14 +495,4 @@ def test_a_run_without_ap(browser, pairs, tmp_path):
         "#list-title"
     )
     assert browser.run("return document.querySelector('#scatter-panel').offsetHeight") == 0
-    assert browser.faults() == ([], [])
-
-
-def test_features_in_a_browser(browser, features_page):
-    browser.open(features_page.path)
-    unit = features_page.strongest[0]
-    browser.choose("#kind", ["attn_out", "resid_post"].index(unit["node"]))
-    browser.mouse(*browser.at("relp", unit["layer"], unit["position"]), click=True)
-    words = browser.text("#details")
-    assert f"feature {unit['unit']}" in words and unit["fires_most_on"][0][0] in words
     assert browser.faults() == ([], [])
