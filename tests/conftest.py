@@ -110,12 +110,12 @@ FAMILIES = ["gpt2", "neox", "neox-sequential", "qwen2", "gemma2", "llama"]  # on
 NEWER = ["qwen3", "gemma3", "olmo3", "qwen3-moe"]  # and for each one of support/families.py
 
 
-def hf_model(name: str):
+def hf_model(name: str, **changes):
     """transformers' model with random weights, large enough that activations and softmax are far from linear."""
     import transformers
 
     kind, fields = CHECKPOINTS[name]
-    config = getattr(transformers, kind)(**fields)
+    config = getattr(transformers, kind)(**{**fields, **changes})
     config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()

@@ -56,8 +56,8 @@ def facts(rng: random.Random) -> Iterator[Line]:
 
 def exchange(rng: random.Random) -> Iterator[Line]:
     for a, b in shuffled(permutations(CAPITALS, 2), rng):
-        prompts = (f"My friend lives in {y}, but I live in {x}. The capital of my country is the city of" for x, y in ((a, b), (b, a)))
-        yield *prompts, f" {CAPITALS[a]}", f" {CAPITALS[b]}"
+        text = "My friend lives in {}, but I live in {}. The capital of my country is the city of"
+        yield text.format(b, a), text.format(a, b), f" {CAPITALS[a]}", f" {CAPITALS[b]}"
 
 
 def pronouns(rng: random.Random) -> Iterator[Line]:
