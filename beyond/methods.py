@@ -27,8 +27,7 @@ def method(name: str, family: str, rules: str = "paper", steps: int = 10) -> Met
         case "atp*":
             return Method(name, "AtP*", attribute=rivals.atp_star)
         case "relp":
-            lrp = rivals.paper_rules(family) if rules == "paper" else parse_rules(rules)
-            return Method(name, "RelP" if rules == "paper" else f"RelP, {rules}", lrp)
+            return Method(name, "RelP" if rules == "paper" else f"RelP, {rules}", parse_rules(rules))
         case "twopoint":
             return Method(name, "two-point", twopoint.TwoPoint(), attribute=twopoint.attribute)
         case "gim" | "attnlrp" | "cp-lrp":

@@ -276,13 +276,12 @@ def test_every_name():
 
 def test_a_family_without_rules_is_refused(monkeypatch):
     """None runs as AtP; a family that is registered later has its rivals too."""
-    for name in ("relp", "gim", "attnlrp", "cp-lrp"):
+    for name in ("gim", "attnlrp", "cp-lrp"):
         with pytest.raises(ValueError, match="no rules are known for the family 'mine': put them into models.TABLE_4"):
             method(name, "mine")
     monkeypatch.setitem(TABLE_4, "mine", Rules(ln=True, half=True))
     assert method("gim", "mine").lrp == HalfProducts(ln=True, half=True, temperature=2.0)
     assert method("cp-lrp", "mine").lrp == Rules(ln=True, half=True, ah=True)
-    assert rivals.paper_rules("mine") == method("relp", "mine").lrp
 
 
 @pytest.mark.parametrize("name, says", [
