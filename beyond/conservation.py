@@ -5,11 +5,8 @@ python -m beyond.conservation --model toy-gpt2 --rules ln,identity,ah
 
 import math
 import sys
-from functools import partial
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 import relp
@@ -17,7 +14,6 @@ from beyond.methods import parse_rules
 from support.commandline import common_parser, load, parse, run
 from support.processes import say
 from support.prompts import batches, tensors
-from support.results import folder_of, save_figure
 from support.scoring import two_runs
 
 
@@ -43,20 +39,6 @@ def conservation(model, tokens: Tensor, targets: Tensor, metric=relp.logit_diff,
     return {"kept": kept, "softmax": softmax, "rest": rest}
 
 
-def draw(title: str, found: dict[str, list[float]]) -> Figure:
-    """A bar per layer that adds up to the metric: what the stream there keeps of it, and what was lost after it."""
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    ax, up, down = figure.subplots(), 0, 0
-    for label, x in found.items():
-        heights = np.array(x) if label == "kept" else np.cumsum(x[::-1])[::-1]
-        name = "kept in the stream" if label == "kept" else f"lost to the {label}"
-        ax.bar(range(len(heights)), heights, bottom=np.where(heights > 0, up, down), label=name)
-        up, down = up + np.maximum(heights, 0), down + np.minimum(heights, 0)
-    ax.set(title=title, xlabel="residual stream before layer (last: the final one)", ylabel="fraction of the metric")
-    ax.legend(fontsize=8, title="a negative loss is a gain")
-    return figure
-
-
 def main(argv: list[str] | None = None) -> None:
     without = ["nodes", "methods", "batch-size"]
     o = parse(common_parser("python -m beyond.conservation", __doc__.splitlines()[0], without), argv)
@@ -69,9 +51,6 @@ def main(argv: list[str] | None = None) -> None:
         say(f"  layer     kept  lost to the softmax  lost to the rest    (fractions of {o.metric}, {len(few)} prompts)")
         for layer, (kept, softmax, rest) in enumerate(zip(*found.values())):
             say(f"  {layer if layer < len(model.blocks) else 'end':>5}{kept:9.3f}{softmax:21.3f}{rest:18.3f}")
-        folder = folder_of(o.out, name, "ioi", o.prompts)
-        save_figure(folder / "conservation.png", partial(draw, f"{name}: relevance, {len(few)} prompts", found))
-        say(f"  written to {folder}/")
 
 
 if __name__ == "__main__":

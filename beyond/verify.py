@@ -1,49 +1,49 @@
-"""Rank, then verify: AP of only those nodes that a cheap method ranks highest, over several kinds of nodes together.
+"""AP at a part of its price: it is run on the cells where a cheap score is largest, and estimated elsewhere.
 
-python -m beyond.verify --model toy-gpt2 --methods relp,atp --top 12
+python -m beyond.verify --model toy-gpt2 --share 0.05
+
+A cell is a node at a layer and a position of one pair, where the two runs differ. AP is run on that share of all cells,
+over all kinds of nodes together, where the largest of |AtP|, |RelP| and |two-point| is largest. Elsewhere the mean of
+RelP's and two-point's scores stands.
 """
 
 import argparse
 import sys
+from functools import partial
 
 import numpy as np
-import torch
 
 from beyond.methods import method
 from models import Transformer
-from support import resume
-from support.commandline import common_parser, load, names, parse, run, whole
-from support.positions import laid_over, legend, overlay
-from support.processes import gathered, say
+from support import figures, inspector, resume, tables
+from support.commandline import common_parser, load, parse, run
+from support.positions import laid_over, overlay
+from support.processes import gathered, rank, say
 from support.prompts import tensors
-from support.results import folder_of, save_json
-from support.scoring import AP, Method, by_batch, joined, score_pairs, two_runs
+from support.results import folder_of, replacing, save, save_figure, save_json
+from support.scoring import Method, by_batch, joined, score_pairs, two_runs
 from tasks import Pair
 
+CHEAP = ("atp", "relp", "twopoint")
+VERIFIED = Method("verified", "AP in part")
 
-def verify(title: str, model: Transformer, pairs: list[Pair], methods: list[Method], o: argparse.Namespace) -> dict:
-    """AP of the o.top nodes with the largest scores, in size, by the first of the methods; scores are means over pairs.
 
-    {"by": its name, "nodes": [{node, layer, position: its role, part: [] or [which], scores {method, "ap"}}, ...],
-     "of": how many nodes there are, "bound": the size of the largest score of the others}
+def verify(title: str, model: Transformer, pairs: list[Pair], o: argparse.Namespace) -> tuple[dict, dict, np.ndarray]:
+    """Scores {(method, node): [n, layers, positions, ...]}, "verified" among the methods; which cells are exact, {node:
+    bool, the same shape}; and the metric of both runs [n, 2].
     """
-    labels, at = overlay(pairs)
-    scores = score_pairs(title, model, pairs, methods, o.nodes, o.metric, o.batch_size).scores
-    maps = {key: laid_over(x, at) for key, x in scores.items()}  # [layers, labels, ...]
-    by = methods[0].name
-    ranking = [(abs(maps[by, node][i]), node, i) for node in o.nodes for i in np.ndindex(maps[by, node].shape)]
-    ranking.sort(key=lambda entry: -entry[0])
-    cells = {node: np.zeros(scores[by, node].shape, bool) for node in o.nodes}
-    for _, node, (layer, label, *part) in ranking[: o.top]:
-        rows = np.flatnonzero(at[:, label] >= 0)
-        cells[node][(rows, layer, at[rows, label], *part)] = True
-    maps |= {("ap", node): laid_over(x, at) for node, x in patch_cells(model, pairs, cells, o).items()}
-    found = []
-    for _, node, (layer, label, *part) in ranking[: o.top]:
-        values = {m.name: float(maps[m.name, node][(layer, label, *part)]) for m in (AP, *methods)}
-        found.append({"node": node, "layer": layer, "position": labels[label], "part": part, "scores": values})
-    bound = float(ranking[o.top][0]) if o.top < len(ranking) else 0.0
-    return {"by": by, "nodes": found, "of": len(ranking), "bound": bound}
+    methods = [method(name, model.config.family) for name in CHEAP]
+    found = score_pairs(title, model, pairs, methods, o.nodes, o.metric, o.batch_size)
+    scores = found.scores
+    strength = {node: np.max([abs(scores[m, node]) for m in CHEAP], axis=0) for node in o.nodes}
+    every = np.concatenate([x[x > 0] for x in strength.values()])  # 0 by all: the runs agree there
+    least = np.sort(every)[-max(1, round(o.share * len(every)))]
+    exact = {node: x >= least for node, x in strength.items()}
+    truth = patch_cells(model, pairs, exact, o)
+    for node in o.nodes:
+        estimate = (scores["relp", node] + scores["twopoint", node]) / 2
+        scores["verified", node] = np.where(exact[node], truth[node], estimate)
+    return scores, exact, found.values
 
 
 def patch_cells(model: Transformer, pairs: list[Pair], cells: dict[str, np.ndarray], o: argparse.Namespace) -> dict:
@@ -52,7 +52,7 @@ def patch_cells(model: Transformer, pairs: list[Pair], cells: dict[str, np.ndarr
     def patch(numbers: list[int], rows: int) -> dict[str, np.ndarray]:
         original, patch, answers = tensors([pairs[i] for i in numbers], o.device)
         targets = two_runs(model, original, patch, answers, o.metric)["targets"]
-        here = {node: torch.tensor(x[numbers, :, : original.shape[1]], device=o.device) for node, x in cells.items()}
+        here = {node: original.new_tensor(x[numbers, :, : original.shape[1]]).bool() for node, x in cells.items()}
         effects = resume.activation_patching(model, original, patch, targets, o.nodes, o.metric, here, rows)
         return {node: x.cpu().numpy() for node, x in effects.items()}
 
@@ -61,36 +61,83 @@ def patch_cells(model: Transformer, pairs: list[Pair], cells: dict[str, np.ndarr
     return joined([part for mine in everybody for part in mine], len(pairs), longest)
 
 
-def print_verified(found: dict, methods: list[Method]) -> None:
-    nodes, by = found["nodes"], methods[0].label
-    say(f"  the {len(nodes)} nodes of {found['of']} with the largest {by} scores, and AP of only these")
-    say(f"  {'node':14}{'layer':>6}{'part':>6}  {'position':10}" + "".join(f"{m.label:>12}" for m in (AP, *methods)))
-    for row in nodes:
-        numbers = "".join(f"{row['scores'][m.name]:12.3f}" for m in (AP, *methods))
-        part = "".join(map(str, row["part"]))
-        say(f"  {row['node']:14}{row['layer']:>6}{part:>6}  {row['position'].strip():10}{numbers}")
-    if roles := legend([row["position"] for row in nodes]):
-        say(f"  ({roles})")
-    error = max(abs(row["scores"][found["by"]] - row["scores"]["ap"]) for row in nodes)
-    say(f"  largest difference to AP: {error:.3f}; no other node has a {by} score beyond {found['bound']:.3f}")
+def price(cells: dict[str, np.ndarray], pairs: list[Pair]) -> int:
+    """Of AP of these cells: through how many blocks its edited runs carry how many tokens, from their cell on."""
+    total = 0
+    for x in cells.values():
+        at = np.argwhere(x)  # pair, layer, position, ...
+        lengths = np.array([len(pair.original) for pair in pairs])[at[:, 0]]
+        total += int(((x.shape[1] - at[:, 1]) * (lengths - at[:, 2])).sum())
+    return total
+
+
+def summary_of(model: Transformer, pairs: list[Pair], scores: dict, exact: dict, o: argparse.Namespace) -> dict:
+    """What summary.json holds: of each kind of node the cells and what was left out; the price in FLOPs."""
+    differ = {node: np.nan_to_num(scores["atp", node]) != 0 for node in exact}
+    kinds = {
+        node: {
+            "cells": int(differ[node].sum()),
+            "exact": int(x.sum()),
+            "largest_effect": float(abs(scores["verified", node][x]).max(initial=0)),
+            "largest_estimate_left": float(np.nanmax(np.where(x, 0, abs(scores["verified", node])))),
+        }
+        for node, x in exact.items()
+    }
+    flops = 2 * sum(weight.numel() for weight in model.blocks[0].parameters())  # of a token in a block
+    passes = len(CHEAP) * (2 + 2)  # two runs forward; one backward, which costs two
+    cheap = passes * sum(len(pair.original) for pair in pairs) * model.config.n_layers
+    prices = {"ap_of_exact": price(exact, pairs), "cheap_methods": cheap, "ap_of_all": price(differ, pairs)}
+    return {"nodes": kinds, "flop": {what: flops * n for what, n in prices.items()}, "arguments": vars(o)}
+
+
+def print_verified(summary: dict, scores: dict, exact: dict, pairs: list[Pair]) -> None:
+    spent, cheap, full = summary["flop"].values()
+    print(
+        f"  AP of all cells: {full / 1e12:.3g} TFLOP; of the exact ones {spent / full:.1%} of it, estimates {cheap / full:.1%}"
+    )
+    rows = [("", ["cells", "exact", "largest effect", "largest estimate left"])]
+    rows += [(node, [f"{x:.5g}" for x in of.values()]) for node, of in summary["nodes"].items()]
+    tables.print_columns(rows)
+    labels, at = overlay(pairs)
+    maps, rows = {key: laid_over(x, at) for key, x in scores.items()}, [("the strongest", ["exact", " AP", *CHEAP])]
+    found = tables.strongest({node: maps["verified", node] for node in exact}, labels, 10)
+    for node, layer, pos, label, part, score in found:
+        i = (layer, pos) if part is None else (layer, pos, part)
+        numbers = [f"{x: .3f}" for x in (score, *(maps[m, node][i] for m in CHEAP))]
+        name = node if part is None else f"{node} {part}"
+        pairs_with_ap = f"{laid_over(exact[node].astype(float), at)[i]:.0%}"
+        rows.append((f"{name}, layer {layer}, {label.strip()}", [pairs_with_ap, *numbers]))
+    tables.print_columns(rows)
+
+
+def share(given: str) -> float:
+    value = float(given)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {given}")
+    return value
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common_parser("python -m beyond.verify", __doc__.splitlines()[0], without=["methods", "nodes"])
-    parser.add_argument("--methods", type=names, default="relp,atp", metavar="LIST", help="the first ranks [relp,atp]")
-    nodes = "all ranked together [head,mlp_out]"  # of these two, none is a part of another
-    parser.add_argument("--nodes", type=names, default="head,mlp_out", metavar="LIST", help=nodes)
-    parser.add_argument("--top", type=whole, default=10, metavar="K", help="how many nodes AP is run on [10]")
+    parser = common_parser("python -m beyond.verify", __doc__.splitlines()[0], without=["methods", "rules"])
+    parser.add_argument("--share", type=share, default=0.05, metavar="X", help="of the cells, for AP [0.05]")
     o = parse(parser, argv)
-    if "ap" in o.methods:
-        raise ValueError("--methods: AP is what verifies; name the method that ranks first, such as relp,atp")
     for name in o.model:
         model, pairs = load(name, o)
-        methods = [method(m, model.config.family, o.rules) for m in o.methods]
-        found = verify(name, model, pairs, methods, o)
-        folder = folder_of(o.out, name, "ioi", o.prompts)
-        save_json(folder / "verified.json", found)
-        print_verified(found, methods)
+        scores, exact, values = verify(name, model, pairs, o)
+        if rank() > 0:
+            continue
+        summary = summary_of(model, pairs, scores, exact, o)
+        print_verified(summary, scores, exact, pairs)
+        arrays = {f"{m}_{node}": x for (m, node), x in scores.items()} | {f"exact_{n}": x for n, x in exact.items()}
+        folder = folder_of(o.out, name, "verified", o.prompts)
+        with replacing(folder) as new:
+            save(new / "scores.npz", partial(np.savez_compressed, **arrays))
+            save_json(new / "summary.json", summary)
+            methods = [VERIFIED, *(method(m, model.config.family) for m in CHEAP)]
+            maps = partial(figures.heatmaps, name, scores, methods, o.nodes, pairs, o.metric, exact)
+            save_figure(new / "heatmaps.png", maps)
+            page = inspector.of_nodes(name, scores, methods, o.nodes, pairs, o.metric, values, exact)
+            inspector.write(new / "inspect.html", page)
         say(f"  written to {folder}/")
 
 

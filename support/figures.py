@@ -16,6 +16,7 @@ from support.circuits import MEASURES, VARIANTS, Structure, at_sizes, curve, res
 from support.positions import laid_over, legend, overlay
 from support.statistics import agreement
 from support.tables import check_labels, cut, short
+from support.tokenizer import load_tokenizer
 from tasks import Pair
 
 COLORS = {
@@ -27,6 +28,7 @@ COLORS = {
     "ig": "#e08a1e",
 }
 CELL = 0.19  # the width and the height of a cell in a heat map
+BESIDES = 4  # heat maps in a line
 
 
 def lines(text: str, width: float) -> str:
@@ -48,40 +50,64 @@ def headline(figure: Figure, text: str) -> None:
 # Nodes
 
 
-class Column(NamedTuple):
-    """Heat maps of one kind of node, one above the other."""
+class Row(NamedTuple):
+    """Heat maps of one kind of node, beside each other."""
 
     titles: list[str]
     maps: list[np.ndarray]  # [layers, ticks]
-    largest: float  # the colours are those of scores from -largest (blue) to largest (red)
+    largest: float  # the colours are those of scores from -largest (blue) to largest (red); a dot: beyond these
     ticks: list[str]
     what: str = ""  # they are
+    exact: np.ndarray | None = None  # [layers, ticks]: cells of the first map that have a black dot
 
 
-def heatmaps(name: str, scores: dict, methods: list, nodes: list[str], pairs: list[Pair], metric: str) -> Figure:
-    """Figure 2: mean scores over layer and position; a row for each method, AP first, a column for each kind of node.
+def heatmaps(
+    name: str, scores: dict, methods: list, nodes: list[str], pairs: list[Pair], metric: str, exact: dict | None = None
+) -> Figure:
+    """Figure 2: mean scores over layer and position; a row for each kind of node, a column for each method, AP first.
 
     scores: {(method, node): [n, layers, positions, ...]}. methods: scoring.Methods. Heads are shown by layer and head,
-    the sum over positions; neurons by layer and position, the sum over neurons. AP sets a column's colours.
+    the sum over positions; neurons by layer and position, the sum over neurons. AP sets a row's colours.
+    exact {node: bool}: the first method is AP here, and an estimate elsewhere; a dot says so for most of the pairs.
     """
     labels, at = overlay(pairs)
-    columns = []
+    rows = []
     for node in nodes:
         maps, ticks, what = [laid_over(scores[method.name, node], at) for method in methods], labels, "position"
+        dots = None if exact is None else laid_over(exact[node].astype(float), at)
         if node.startswith("head"):
-            maps = [values.sum(1) for values in maps]
+            maps, dots = [values.sum(1) for values in maps], None if dots is None else dots.max(1)
             ticks, what = [str(i) for i in range(maps[0].shape[1])], "head, all positions"
         elif node in relp.PARTS_OF:
             maps, what = [values.sum(-1) for values in maps], "position, all neurons"
+            dots = None if dots is None else dots.max(-1)
         largest = np.abs(maps[:1] if methods[0].name == "ap" else maps).max()
         ends = [f", {node}{pcc(scores, method.name, node, pairs)}" for method in methods]
         room = int(16 * width_of(ticks))  # letters
         titles = [cut(method.label, max(9, room - len(end))) + end for method, end in zip(methods, ends)]
-        columns.append(Column(titles, maps, largest, ticks, what))
-    shown = int((at >= 0).any(1).sum())
-    title = f"{name}: change of {metric} when a node is patched, mean over {shown} of {len(pairs)} prompt pairs"
-    meanings = legend(labels) if any(column.ticks is labels for column in columns) else ""
-    return draw_maps(title, columns, meanings)
+        rows.append(Row(titles, maps, largest, ticks, what, None if dots is None else dots > 0.5))
+    shown = (at >= 0).any(1)
+    title = f"{name}: change of {metric} when a node is patched, mean over {shown.sum()} of {len(pairs)} prompt pairs"
+    notes = [legend(labels), *example(name, pairs[int(shown.argmax())])]
+    if exact:
+        notes.append("a black dot: AP was run there; elsewhere the first column is an estimate")
+    return draw_maps(title, rows, [note for note in notes if note])
+
+
+def example(name: str, pair: Pair) -> list[str]:
+    """The pair in words; [] without a tokenizer."""
+    try:
+        tokenizer = load_tokenizer(name)
+    except ValueError:
+        return []
+    skip = int(pair.roles[0] == "BOS")
+    texts = [visible(tokenizer.decode(list(ids[skip:]))) for ids in (pair.original, pair.patch)]
+    return [f"for example “{texts[0]}”, and from the patch prompt “{texts[1]}”"]
+
+
+def visible(text: str) -> str:
+    """Characters that draw nothing, or turn the text around, as their code."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def pcc(scores: dict, method: str, node: str, pairs: list[Pair]) -> str:
@@ -104,45 +130,49 @@ def heatmap(scores: dict, labels: list[str], title: str = "") -> Figure:
     maps = {node: x.detach().cpu().double().mean(0).numpy() for node, x in scores.items()}
     maps = {node: values.sum(-1) if node in relp.PARTS_OF else values for node, values in maps.items()}
     largest = max(np.abs(values).max() for values in maps.values())
-    return draw_maps(title, [Column([node], [values], largest, labels) for node, values in maps.items()])
+    return draw_maps(title, [Row([*maps], [*maps.values()], largest, labels)])
 
 
 def width_of(ticks: list[str]) -> float:
     return max(1.9, CELL * len(ticks))
 
 
-def draw_maps(title: str, columns: list[Column], meanings: str = "") -> Figure:
-    """Columns of heat maps, all of one height. Neighbours of one scale share a colour bar."""
-    n, height = len(columns[0].maps), max(0.5, CELL * len(columns[0].maps[0]))
-    step, bottom = height + 0.28, 1.1 if meanings else 0.85
-    shared = [column.largest == following.largest for column, following in zip(columns, columns[1:])] + [False]
-    gaps = [0.2 if with_next else 0.85 for with_next in shared]
-    total = 0.6 + sum(width_of(column.ticks) for column in columns) + sum(gaps)
-    title = lines(title, total)
-    figure = Figure(figsize=(total, bottom + step * n + 0.3 + 0.17 * title.count("\n")))
+def draw_maps(title: str, rows: list[Row], notes: list[str] = ()) -> Figure:
+    """Rows of heat maps, all of one size; a row of many goes on in the next line. Below the last line are the notes."""
+    parts = [(row, k) for row in rows for k in range(0, len(row.maps), BESIDES)]
+    width, height = max(width_of(row.ticks) for row in rows), max(0.5, min(2.6, CELL * len(rows[0].maps[0])))
+    total = 0.6 + min(BESIDES, max(len(row.maps) for row in rows)) * (width + 0.2) + 0.6
+    title, notes = lines(title, total), [line for note in notes for line in lines(note, 1.25 * total).split("\n")]
+    following = [row.ticks for row, _ in parts[1:]] + [[]]
+    below = [0.1 if row.ticks == ticks else 0.85 for (row, _), ticks in zip(parts, following)]  # for names of ticks
+    y = len(notes) * 0.14 + sum(below) + len(parts) * (height + 0.26)
+    figure = Figure(figsize=(total, y + 0.25 + 0.17 * title.count("\n")))
     headline(figure, title)
-    x = 0.6
-    for column, with_next, gap in zip(columns, shared, gaps):
-        width, largest = width_of(column.ticks), column.largest or 1.0
-        for row, (name, values) in enumerate(zip(column.titles, column.maps)):
-            ax = place(figure, x, bottom + step * (n - 1 - row), width, height)
+    for (row, start), room in zip(parts, below):
+        y -= height + 0.26
+        largest = row.largest or 1.0
+        for i, values in enumerate(row.maps[start : start + BESIDES]):
+            ax = place(figure, 0.6 + i * (width + 0.2), y, width, height)
             image = ax.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", origin="lower")
-            ax.set_title(name, fontsize=8, pad=3, y=1)  # with y, matplotlib need not look for a free place
+            for cells, colour in ((np.abs(values) > 1.0001 * largest, "white"), (row.exact, "black")):
+                if cells is not None and (colour == "white" or start + i == 0):
+                    ax.plot(*cells.nonzero()[::-1], ".", color=colour, markersize=2.5)
+            ax.set_title(row.titles[start + i], fontsize=8, pad=3, y=1)  # with y, no free place is looked for
             ax.tick_params(labelsize=7)
             ax.set_xticks([])
-            if column is columns[0]:
+            if i == 0:
                 ax.yaxis.get_major_locator().set_params(integer=True, nbins=5)
                 ax.set_ylabel("layer", fontsize=8)
             else:
                 ax.set_yticks([])
-        ax.set_xticks(range(len(column.ticks)), column.ticks, rotation=90)  # of the lowest
-        ax.set_xlabel(column.what, fontsize=8)
-        if not with_next:
-            bar = place(figure, x + width + 0.08, bottom, 0.1, step * n - 0.28)
-            extend = "both" if np.abs(column.maps).max() > largest else "neither"
-            figure.colorbar(image, cax=bar, extend=extend).ax.tick_params(labelsize=7)
-        x += width + gap
-    figure.supxlabel(lines(meanings, 1.3 * total), fontsize=7, x=0.01, ha="left")
+            if room > 0.1:
+                ax.set_xticks(range(len(row.ticks)), row.ticks, rotation=90)
+                ax.set_xlabel(row.what, fontsize=8)
+        bar = place(figure, 0.6 + (i + 1) * (width + 0.2) - 0.1, y, 0.1, height)
+        extend = "both" if np.abs(row.maps).max() > largest else "neither"
+        figure.colorbar(image, cax=bar, extend=extend).ax.tick_params(labelsize=7)
+        y -= room
+    figure.supxlabel("\n".join(notes), fontsize=7, x=0.01, y=0.05 / figure.get_figheight(), ha="left", va="bottom")
     return figure
 
 

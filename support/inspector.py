@@ -36,6 +36,7 @@ class Kind:
     mean    {method: packed [layers, columns]}, the mean over the pairs by role
     each    {method: packed [pairs, layers, positions]}; {} if there are only means
     parts   what a cell is made of: see strongest_parts(); None if that is not known
+    exact   packed like each: 1 where the first method is AP in a run that has AP of some cells only; None: no such run
     wholes  other kinds whose cells are made of these parts too
     """
 
@@ -44,6 +45,7 @@ class Kind:
     each: dict = field(default_factory=dict)
     parts: dict | None = None
     wholes: list[str] = field(default_factory=list)
+    exact: dict | None = None
 
 
 @dataclass
@@ -142,9 +144,16 @@ def tokenizer_of(name: str):
 
 
 def of_nodes(
-    name: str, scores: dict, methods: list[Method], nodes: list[str], pairs: list[Pair], metric: str, values: np.ndarray
+    name: str,
+    scores: dict,
+    methods: list[Method],
+    nodes: list[str],
+    pairs: list[Pair],
+    metric: str,
+    values: np.ndarray,
+    exact: dict | None = None,
 ) -> Shown:
-    """The node experiment. scores: {(method, node): [n, layers, positions, ...parts]}; values: [n, 2]."""
+    """The node experiment. scores: {(method, node): [n, layers, positions, ...parts]}; values: [n, 2]; exact: see Kind."""
     columns, at = overlay(pairs)
     first = {node: scores[methods[0].name, node] for node in nodes}
     n_layers, longest = next(iter(first.values())).shape[1:3]
@@ -164,6 +173,8 @@ def of_nodes(
             means, every = ({m: x.sum(-1) for m, x in of.items()} for of in (means, every))
         kind.mean = {m: packed(x) for m, x in means.items()}
         kind.each = {m: packed(x[:n]) for m, x in every.items()}
+        if exact:
+            kind.exact = packed(exact[node][:n].reshape(n, n_layers, longest, -1).any(-1))
         kinds.append(kind)
     tokens, examples = prompts_shown(pairs[:n], tokenizer_of(name), at, values)
     return Shown(

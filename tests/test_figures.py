@@ -1,5 +1,6 @@
 """The figures: what they show is computed again here, and their texts lie where they can be read."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from support import figures
 from support.positions import legend
 from support.results import save_figure
 from support.statistics import agreements, resamples
+from support.tokenizer import load_tokenizer
 
 AP, ATP, RELP = (
     SimpleNamespace(name=name, label=label) for name, label in (("ap", "AP"), ("atp", "AtP"), ("relp", "RelP"))
@@ -48,13 +50,13 @@ def test_a_heat_map_of_two_lengths_shows_the_many():
     assert "gpt2: change of logit_diff" in figure.get_suptitle() and "mean over 5 of 6" in figure.get_suptitle()
     assert figure.get_supxlabel() == ""  # these positions need no explanation
     maps = iter([ax for ax in figure.axes if ax.images])
-    for node in ("resid_pre", "mlp_out"):  # column by column
+    for node in ("resid_pre", "mlp_out"):  # row by row
         largest = np.abs(scores["ap", node][:5, :, :5].mean(0)).max()
         for method in ("ap", "atp", "relp"):
             ax = next(maps)
             assert image(ax) == pytest.approx(scores[method, node][:5, :, :5].mean(0))
-            assert ax.images[0].get_clim() == pytest.approx((-largest, largest))  # AP's, for all of a column
-        assert ticks(ax.xaxis) == ["5", "6", "7", "8", "pos 4"]  # below the last row
+            assert ax.images[0].get_clim() == pytest.approx((-largest, largest))  # AP's, for all of a row
+    assert ticks(ax.xaxis) == ["5", "6", "7", "8", "pos 4"]  # below the last row
     assert next(maps, None) is None
 
 
@@ -95,7 +97,23 @@ def test_texts_lie_within_the_figure_and_apart(methods):
     ]
     assert len(boxes) == 1 + methods
     assert all(0 <= box.x0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height for box in boxes)
-    assert all(upper.y0 >= lower.y1 for upper, lower in zip(boxes, boxes[1:]))  # from the title down
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_what_exceeds_the_scale_has_a_dot():
+    pairs = [pair(5, 6, 7)] * 2
+    scores, _ = draw(pairs, ["mlp_out"])
+    scores["relp", "mlp_out"][:, 1, 2] = 9 * np.abs(scores["ap", "mlp_out"]).max()
+    figure = figures.heatmaps("gpt2", scores, [AP, ATP, RELP], ["mlp_out"], pairs, "logit_diff")
+    ap, _, relp = (ax for ax in figure.axes if ax.images)
+    assert [list(map(tuple, line.get_xydata())) for line in (*ap.lines, *relp.lines)] == [[], [(2, 1)]]
+
+
+def test_an_example_is_in_words():
+    pairs = tasks.ioi(load_tokenizer("toy-gpt2"), 3)
+    words = load_tokenizer("toy-gpt2").decode(list(pairs[0].original[1:]))
+    assert f"for example “{words}”" in draw(pairs, ["mlp_out"], name="toy-gpt2")[1].get_supxlabel().replace("\n", " ")
+    assert figures.visible("a\n\u202eb é") == "a\\n\\u202eb é"
 
 
 def test_dollars_are_no_mathematics(tmp_path):

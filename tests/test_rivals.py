@@ -9,7 +9,7 @@ from conftest import FAMILIES
 
 import models
 import relp
-from beyond import paths, rivals, twopoint
+from beyond import paths, twopoint
 from beyond.methods import NAMES, method, parse_rules
 from beyond.rivals import HalfProducts, atp_star, attnlrp, cp_lrp, gim
 from models import TABLE_4, Pass, Rules, from_pretrained
