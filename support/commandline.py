@@ -1,19 +1,6 @@
 """What the project's commands share: their options, and how they end.
 
-A command is written like this:
-
-    def main(argv=None):
-        parser = common_parser("python -m beyond.grid", "Every set of rules ...", without=["methods"])
-        parser.add_argument("--top", type=whole, default=10, metavar="K", help="how many are printed [10]")
-        o = parse(parser, argv)
-        for name in o.model:
-            model, pairs = load(name, o)
-            metric = relp.METRICS[o.metric]
-            folder = folder_of(o.out, name, "ioi", o.prompts)       # of support.results
-            ...
-
-    if __name__ == "__main__":
-        sys.exit(run(main))
+beyond/grid.py is an example of a command.
 
 common_parser(prog, description, without)   the common options, without those that have no meaning for this command
 parse(parser, argv)                         the options: models one by one, the device joined with other processes
