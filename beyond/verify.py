@@ -92,9 +92,7 @@ def summary_of(model: Transformer, pairs: list[Pair], scores: dict, exact: dict,
 
 def print_verified(summary: dict, scores: dict, exact: dict, pairs: list[Pair]) -> None:
     spent, cheap, full = summary["flop"].values()
-    print(
-        f"  AP of all cells {full / 1e12:.3g} TFLOP; of these cells {spent / full:.1%} of it, estimates {cheap / full:.1%}"
-    )
+    print(f"  AP of all cells {full / 1e12:.3g} TFLOP; of these {spent / full:.1%} of it, estimates {cheap / full:.1%}")
     rows = [("", ["cells", "exact", "largest effect", "largest estimate left"])]
     rows += [(node, [f"{x:.5g}" for x in of.values()]) for node, of in summary["nodes"].items()]
     tables.print_columns(rows)

@@ -153,7 +153,7 @@ def of_nodes(
     values: np.ndarray,
     exact: dict | None = None,
 ) -> Shown:
-    """The node experiment. scores: {(method, node): [n, layers, positions, ...parts]}; values [n, 2]; exact: as in Kind."""
+    """The node experiment. scores: {(method, node): [n, layers, positions, ...]}; values [n, 2]; exact: as in Kind."""
     columns, at = overlay(pairs)
     first = {node: scores[methods[0].name, node] for node in nodes}
     n_layers, longest = next(iter(first.values())).shape[1:3]
