@@ -45,6 +45,7 @@ TABLE_5 = {  # paper, Appendix B: PCC with AP of AtP and RelP, on 100 IOI prompt
     "gemma2-2b": {"resid_pre": (0.391, 0.769), "attn_out": (0.942, 0.956), "mlp_out": (0.910, 0.952)},
 }
 RUNS = ("original", "patch")
+NODES_OF_NEURONS = ("attn_out", "mlp_out")  # whose dimensions are units where there are no SAEs
 SAES = {  # of a model, if --saes names none
     "toy-neox": str(Path(__file__).parent / "toy" / "saes" / "neox"),
     "pythia-70m-deduped": "saprmarks/pythia-70m-deduped-saes",
@@ -138,10 +139,10 @@ def evaluate_circuits(name: str, o: argparse.Namespace) -> dict:
     model, tokenizer = load_model(name, o), load_tokenizer(name)
     source = o.saes or SAES.get(name)
     units = load_units(name, source, model, o.nodes)
-    saes, pairs = units["features"], circuit_pairs(tokenizer, model, o)
+    pairs = circuit_pairs(tokenizer, model, o)
     methods = [method(m, model.config.family, o.rules, o.steps) for m in o.methods]
     labels = {m.name: m.label for m in methods}
-    say(f"\n{name}: {len(saes)} SAEs, {o.pairs} discovery and {o.held_out} held-out pairs, {o.dtype} on {o.device}")
+    say(f"\n{name}: {o.pairs} discovery and {o.held_out} held-out pairs, {o.dtype} on {o.device}")
 
     # circuits of each structure
     structures = {}
@@ -150,7 +151,7 @@ def evaluate_circuits(name: str, o: argparse.Namespace) -> dict:
         s = structures[structure] = judge(model, discovery, held_out, units, found, o)
         s.chosen = circuits.choose(s)
         tokens = torch.cat(prompts.tensors(held_out, o.device)[:2]).unique(dim=0)
-        s.strongest = circuits.strongest_units(s, model, tokens, tokenizer, saes, o.top)
+        s.strongest = circuits.strongest_units(s, model, tokens, tokenizer, units, o.top)
         tables.print_structure(structure, s, labels, o.metric)
 
     # their averages: table, files, figures
@@ -173,18 +174,20 @@ def evaluate_circuits(name: str, o: argparse.Namespace) -> dict:
 
 def load_units(name: str, source: str | None, model: models.Transformer, nodes: list[str] | None) -> dict[str, dict]:
     """{kind of unit: {(node, layer): SAE or Neurons}}: features and errors, the same nodes' dimensions, MLP neurons."""
-    if not source:
-        raise ValueError(f"no sparse autoencoders are known for {name}: name some with --saes")
-    weight, first, n_layers = model.embed_tokens.weight, first_judged(model), model.config.n_layers
-    saes = load_saes(source, model, weight.dtype, weight.device, nodes)
-    if not any(layer >= first for _, layer in saes):
-        raise ValueError(f"{source} has no SAE in the layers that are judged, {first} to {n_layers - 1}")
+    weight, first, c = model.embed_tokens.weight, first_judged(model), model.config
 
     def neurons(n: int) -> relp.Neurons:
         return relp.Neurons(torch.eye(n, dtype=weight.dtype, device=weight.device))
 
+    hidden = {("mlp_hidden", layer): neurons(c.d_mlp) for layer in range(c.n_layers)}
+    if not source:
+        say(f"\nno sparse autoencoders are known for {name}: units are neurons only; --saes names some")
+        keys = [(node, layer) for layer in range(c.n_layers) for node in nodes or NODES_OF_NEURONS]
+        return {"mlp_neurons": hidden, "dimensions": {key: neurons(c.d_model) for key in keys}}
+    saes = load_saes(source, model, weight.dtype, weight.device, nodes)
+    if not any(layer >= first for _, layer in saes):
+        raise ValueError(f"{source} has no SAE in the layers that are judged, {first} to {c.n_layers - 1}")
     dimensions = {key: neurons(sae.W_dec.shape[1]) for key, sae in saes.items()}
-    hidden = {("mlp_hidden", layer): neurons(model.config.d_mlp) for layer in range(n_layers)}
     return {"features": saes, "dimensions": dimensions, "mlp_neurons": hidden}
 
 
@@ -205,11 +208,12 @@ def circuit_pairs(tokenizer, model: models.Transformer, o: argparse.Namespace) -
 def score_units(
     title: str, model: models.Transformer, pairs: list, units: dict, methods: list[Method], o: argparse.Namespace
 ) -> circuits.Found:
-    """Every method's scores of every unit, averaged over the discovery pairs; AP's are of features and errors only."""
-    n_units = len(pairs[0].original) * sum(len(sae.W_dec) + 1 for sae in units["features"].values())
+    """Every method's scores of every unit, averaged over the discovery pairs; AP's are of the first kind only."""
+    first = next(iter(units))
+    n_units = len(pairs[0].original) * sum(len(sae.W_dec) + 1 for sae in units[first].values())
     most = max(1, 2**27 // n_units)  # pairs at a time: a method's scores of a batch then take 512 MiB at most
     means, costs = {kind: {} for kind in units}, {}
-    each = {m.name: {} for m in methods}  # of features, for the agreement with AP
+    each = {m.name: {} for m in methods}  # of the first kind, for the agreement with AP
     for m in tqdm(methods, title, leave=False, disable=None, delay=2):
         began = time.perf_counter()
         score = partial(score_batch, model, pairs, units, m, o.metric)
@@ -219,7 +223,7 @@ def score_units(
                 total = means[kind].setdefault(m.name, {})
                 for key, of_pairs in of_kind.items():
                     total[key] = total.get(key, 0) + of_pairs.sum(0) / len(pairs)
-                    if kind == "features" and AP in methods:
+                    if kind == first and AP in methods:
                         each[m.name].setdefault(key, []).append(of_pairs.cpu())
         names_of_nodes = {node for of_kind in units.values() for node, _ in of_kind}
         forward, backward = m.passes(len(names_of_nodes) * model.config.n_layers)
@@ -239,9 +243,10 @@ def score_batch(
     """One method's scores of the pairs of these numbers, {kind of unit: {node: [batch, pos, units]}}."""
     tokens = prompts.tensors([pairs[i] for i in numbers], model.embed_tokens.weight.device)
     if m is AP:
-        return {"features": resume.patch_features(model, *tokens, units["features"], metric, rows)}
+        first = next(iter(units))
+        return {first: resume.patch_features(model, *tokens, units[first], metric, rows)}
     nodes = {node for of_kind in units.values() for node, _ in of_kind}
-    found = relp.activations_and_rho(model, *tokens, nodes, metric, m.lrp, m.steps)
+    found = m.activations_and_rho(model, *tokens, nodes, metric)
     return {kind: relp.divide(*found, of_kind) for kind, of_kind in units.items()}
 
 
@@ -264,6 +269,8 @@ def judge(
     thresholds = [share * effect for share in o.thresholds]
     runs = {}
     for name, variant in circuits.VARIANTS.items():
+        if variant.kind not in units:
+            continue
         judged = {key: sae for key, sae in units[variant.kind].items() if key[1] >= first}
         run = runner(model, *tokens, judged, o.metric)
         of_methods = found.scores[variant.kind].items()
@@ -369,7 +376,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
             o.methods = ["ap", "atp", "relp", "ig"] if set(o.model) <= set(TOYS) else ["atp", "relp", "ig"]
     for name in o.methods:  # a name that is unknown is refused before a model is loaded
         m = method(name, "gpt2", o.rules, o.steps)
-        if task == "sva" and m.attribute and m is not AP:
+        if task == "sva" and m.attribute and not m.rho and m is not AP:
             raise ValueError(f"method {name} has no meaning with --task sva")
     if task == "sva" and processes.world() > 1:
         raise ValueError("--task sva runs in one process")

@@ -29,7 +29,7 @@ def method(name: str, family: str, rules: str = "paper", steps: int = 10) -> Met
         case "relp":
             return Method(name, "RelP" if rules == "paper" else f"RelP, {rules}", parse_rules(rules))
         case "twopoint":
-            return Method(name, "two-point", twopoint.TwoPoint(), attribute=twopoint.attribute)
+            return Method(name, "two-point", twopoint.TwoPoint(), None, twopoint.attribute, twopoint.activations_and_rho)
         case "gim" | "attnlrp" | "cp-lrp":
             label, rules_of = RIVALS[name]
             return Method(name, label, rules_of(family))

@@ -72,8 +72,8 @@ class Structure:
 
     @property
     def features(self) -> dict[str, dict[Key, Tensor]]:
-        """The methods' scores of features and errors."""
-        return self.found.scores["features"]
+        """The methods' scores of the first kind of unit: features and errors, or without SAEs neurons."""
+        return next(iter(self.found.scores.values()))
 
     @property
     def main(self) -> str:
@@ -124,8 +124,9 @@ def summarise(structures: dict[str, Structure], seed: int) -> dict:
             each.append(at_sizes(values, s.runs[variant][method].sizes, sizes))
         return torch.stack(each).mean(0)
 
-    result = {measure: {variant: {} for variant in VARIANTS} for measure in MEASURES} | {"differences": {}}
-    for variant in VARIANTS:
+    variants = next(iter(structures.values())).runs
+    result = {measure: {variant: {} for variant in variants} for measure in MEASURES} | {"differences": {}}
+    for variant in variants:
         for measure in MEASURES:
             means = {}
             for method in next(iter(structures.values())).runs[variant]:
@@ -175,7 +176,8 @@ def choose(s: Structure) -> dict:
 
     {"method", "threshold", "size", "faithfulness"}
     """
-    runs = s.runs["features"][s.main]
+    first = next(iter(s.found.scores))  # kind of unit
+    runs = next(of for name, of in s.runs.items() if VARIANTS[name].kind == first)[s.main]
     faithful = relp.faithfulness(runs.circuit, s.full, runs.empty).tolist()
     best = max((k for k, f in enumerate(faithful) if f >= TARGET), default=0)  # the highest such threshold
     chosen = {"method": s.main, "threshold": s.thresholds[best], "size": runs.sizes[best]}
@@ -191,9 +193,9 @@ def describe(unit: Unit, s: Structure) -> dict:
     return {"layer": layer, "node": node, "unit": name, "position": pos, "role": s.roles[pos], "scores": scores}
 
 
-def strongest_units(s: Structure, model, tokens: Tensor, tokenizer, saes: dict, k: int) -> list[dict]:
+def strongest_units(s: Structure, model, tokens: Tensor, tokenizer, units: dict, k: int) -> list[dict]:
     """The k strongest units of the main method, and those of the prompts [n, pos] on which they fire most."""
-    skip = s.held_out[0].roles[0] == "BOS"
+    skip, saes = s.held_out[0].roles[0] == "BOS", next(iter(units.values()))
     _, acts = relp.record(model, tokens, {name for name, _ in saes})
     listed = []
     for key, pos, i in ranked(s.features[s.main])[:k]:

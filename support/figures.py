@@ -227,10 +227,11 @@ def faithfulness(
     weights = {name: resamples_of_prompts(s.held_out, seed) for name, s in structures.items()}
     figure = Figure(figsize=(12.5, 6))
     places = {"left": 0.06, "right": 0.87, "bottom": 0.09, "top": 0.88, "wspace": 0.08, "hspace": 0.1}
-    axes = figure.subplots(len(MEASURES), len(VARIANTS), sharex="col", sharey=True, gridspec_kw=places)
+    variants = [VARIANTS[name] for name in next(iter(structures.values())).runs]
+    axes = figure.subplots(len(MEASURES), len(variants), sharex="col", sharey=True, gridspec_kw=places)
     for row, measure in zip(axes, MEASURES):
         row[0].set_ylabel(measure)
-        for ax, variant in zip(row, VARIANTS):
+        for ax, variant in zip(row, next(iter(structures.values())).runs):
             for method in next(iter(structures.values())).runs[variant]:
                 color, curves = COLORS.get(method), []
                 sizes = {name: s.runs[variant][method].sizes for name, s in structures.items()}
@@ -248,7 +249,7 @@ def faithfulness(
             ax.xaxis.set_major_formatter("{x:g}")
             ax.axhline(1 if measure == "faithfulness" else 0, color="black", linewidth=0.5, linestyle=":")
             ax.set_ylim(-0.25, 1.15)
-    for ax, variant in zip(axes[0], VARIANTS.values()):
+    for ax, variant in zip(axes[0], variants):
         ax.set_title(variant.label, fontsize=10)
     for ax in axes[1]:
         ax.set_xlabel("units in the circuit")

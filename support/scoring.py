@@ -33,6 +33,7 @@ class Method:
     lrp        the rules that are on, as relp.attribute takes them
     steps      of Integrated Gradients
     attribute  a function (model, original, patch, targets, nodes, metric) -> scores to use instead of relp.attribute
+    rho        likewise, instead of relp.activations_and_rho, for features; None where a method has none for these
     """
 
     name: str
@@ -40,6 +41,7 @@ class Method:
     lrp: bool | Rules = False
     steps: int | None = None
     attribute: Callable | None = None
+    rho: Callable | None = None
 
     def scores(self, model, original, patch, targets, nodes, metric=relp.logit_diff) -> dict[str, Tensor]:
         """{node: [batch, layer, pos, ...]}"""
@@ -47,11 +49,16 @@ class Method:
             return self.attribute(model, original, patch, targets, nodes, metric)
         return relp.attribute(model, original, patch, targets, nodes, metric, self.lrp, self.steps)
 
+    def activations_and_rho(self, model, original, patch, targets, nodes, metric=relp.logit_diff) -> tuple:
+        if self.rho:
+            return self.rho(model, original, patch, targets, nodes, metric)
+        return relp.activations_and_rho(model, original, patch, targets, nodes, metric, self.lrp, self.steps)
+
     def passes(self, n_nodes: int) -> tuple[int, int]:
         """Forward and backward passes for one pair, n_nodes in all layers; of AP only those of the two runs."""
         if self.steps:  # IG moves each node by itself
             return 2 + self.steps * n_nodes, self.steps * n_nodes
-        return 2, 1 if self.attribute is None else 0
+        return 2, 0 if self.attribute and not self.rho else 1
 
 
 AP = Method("ap", "AP", attribute=resume.activation_patching)

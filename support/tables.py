@@ -214,8 +214,8 @@ def print_circuits(summary: dict, methods: list) -> None:
     for measure in MEASURES:
         heads = [*(f"{n:>5}" for n in SIZES), f" mean, {SIZES[0]} to {SIZES[-1]}"]
         rows = [(f"{measure}, circuits of so many units", heads)]
-        for variant, (title, *_) in VARIANTS.items():
-            rows.append((title, []))
+        for variant in summary[measure]:
+            rows.append((VARIANTS[variant].label, []))
             for method, of in summary[measure][variant].items():
                 rows.append((labels[method], [*(f"{of['sizes'][n][0]:5.2f}" for n in SIZES), short(*of["mean"])]))
             for pair, of in summary["differences"].get(variant, {}).items():

@@ -70,7 +70,6 @@ def refused(run, tmp_path):
     (["--model", "toy-neox", "--task", "sva", "--structures", "simple,hard"], ["structure", "hard", "across_pp"]),
     (["--task", "sva", "--thresholds", "1e-4,1,1000000000000"], ["--thresholds", "up to 1000"]),
     (["--task", "sva", "--thresholds", "1,2"], ["--thresholds", "LOW,HIGH,COUNT"]),
-    (["--task", "sva"], ["no sparse autoencoders are known for", "--saes"]),
     (["--task", "sva", "--saes", "x" * 5000], ["SAE"]),
     (["--prompts", "x.jsonl", "--corruption", "s2"], ["--corruption", "no meaning with --prompts"]),
     (["--task", "sva", "--prompts", "x.jsonl", "--structures", "simple"], ["--structures", "--prompts"]),

@@ -19,6 +19,7 @@ from test_saes import random_sae
 import models
 import relp
 import tasks
+from beyond import twopoint
 from support import circuits, figures, tables
 from support.circuits import Found, Runs, Structure
 from support.prompts import read_pairs, split, tensors
@@ -600,3 +601,49 @@ def test_ap_of_features(quick, toy):
     of = summary["structures"]["simple"]
     assert of["cost"]["ap"]["forward"] > 50 and of["agreement"]["relp"]["averaged"][0] > 0.3
     assert not of["curves"]["neurons"].keys() & {"ap"}  # AP scores features only
+
+
+def test_without_saes_units_are_neurons(run, tmp_path):
+    """Scores of MLP neurons, AP's and two-point's among them; the listed one is what a hook finds by hand."""
+    given = [
+        "--model",
+        "toy-qwen2",
+        "--pairs",
+        4,
+        "--held-out",
+        4,
+        "--thresholds",
+        "1e-3,1,3",
+        "--structures",
+        "simple",
+    ]
+    code, out, err = run("--task", "sva", *given, "--methods", "ap,relp,twopoint", "--no-plot")
+    assert (code, err) == (0, []) and "units are neurons only; --saes names some" in out
+    circuit, summary = read(tmp_path / "out" / "toy-qwen2-sva", "simple")
+    assert summary["faithfulness"].keys() == {"neurons", "mlp_neurons"}
+    drawn, of = circuit["smallest_faithful"], summary["structures"]["simple"]["curves"]["mlp_neurons"]["relp"]
+    k = summary["structures"]["simple"]["thresholds"].index(drawn["threshold"])
+    assert drawn["method"] == "relp" and drawn["size"] == of["sizes"][k]
+
+    model, tokenizer = models.from_pretrained("toy-qwen2"), load_tokenizer("toy-qwen2")
+    discovery, _ = tasks.sva(tokenizer, "simple", 4, 4)
+    original, patch, targets = tensors(discovery)
+    first = circuit["strongest"][0]
+    assert first["node"] == "mlp_hidden" and first["scores"].keys() == {"ap", "relp", "twopoint"}
+    acts = relp.record(model, patch, {"mlp_hidden"})[1]["mlp_hidden", first["layer"]].squeeze(2)
+
+    def hook(name, layer, x):
+        if (name, layer) != ("mlp_hidden", first["layer"]):
+            return x
+        x = x.clone()
+        x[:, first["position"], first["unit"]] = acts[:, first["position"], first["unit"]]
+        return x
+
+    value = relp.logit_diff(model(original, hook=hook)[:, -1], targets) - relp.logit_diff(
+        model(original)[:, -1], targets
+    )
+    assert first["scores"]["ap"] == pytest.approx(float(value.mean()), rel=1e-4)
+    found = twopoint.activations_and_rho(model, original, patch, targets, {"mlp_hidden"})
+    acts, patch_acts, rho = (of["mlp_hidden", first["layer"]].squeeze(2) for of in found)
+    by_hand = ((patch_acts - acts) * rho).mean(0)[first["position"], first["unit"]]
+    assert first["scores"]["twopoint"] == pytest.approx(float(by_hand), rel=1e-4)
