@@ -29,7 +29,8 @@ def method(name: str, family: str, rules: str = "paper", steps: int = 10) -> Met
         case "relp":
             return Method(name, "RelP" if rules == "paper" else f"RelP, {rules}", parse_rules(rules))
         case "twopoint":
-            return Method(name, "two-point", twopoint.TwoPoint(), None, twopoint.attribute, twopoint.activations_and_rho)
+            rules, rho = twopoint.TwoPoint(), twopoint.activations_and_rho
+            return Method(name, "two-point", rules, attribute=twopoint.attribute, rho=rho)
         case "gim" | "attnlrp" | "cp-lrp":
             label, rules_of = RIVALS[name]
             return Method(name, label, rules_of(family))
