@@ -9,12 +9,12 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import CHECKPOINTS, VOCAB
+from conftest import CHECKPOINTS, FAMILIES, NEWER, VOCAB
 
 import models
 import support.experts  # noqa: F401 (newer families)
 
-NAMES = ["gpt2", "neox", "qwen2", "gemma2", "llama", "qwen3", "gemma3", "mistral", "olmo2", "olmo3", "phi3", "qwen3-moe"]
+NAMES = [*FAMILIES, *NEWER, "mistral", "olmo2", "phi3"]
 TOKENS = torch.randint(2, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "gelu_pytorch_tanh", "quick_gelu")
 TYPES = ("linear", "dynamic", "yarn", "llama3", "longrope", "default", "proportional")
