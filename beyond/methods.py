@@ -7,7 +7,7 @@ from beyond import paths, rivals, twopoint
 from models import Rules
 from support.scoring import AP, ATP, Method
 
-NAMES = ("ap", "atp", "atp*", "relp", "twopoint", "gim", "attnlrp", "cp-lrp", "ig", "eap-ig-5")
+NAMES = ("ap", "atp", "atp*", "relp", "twopoint", "best", "gim", "attnlrp", "cp-lrp", "ig", "eap-ig-5")
 RIVALS = {"gim": ("GIM", rivals.gim), "attnlrp": ("AttnLRP", rivals.attnlrp), "cp-lrp": ("CP-LRP", rivals.cp_lrp)}
 FLAGS = ("ln", "identity", "half", "ah")
 NUMBERS = ("epsilon", "gamma")
@@ -31,6 +31,8 @@ def method(name: str, family: str, rules: str = "paper", steps: int = 10) -> Met
         case "twopoint":
             rules, rho = twopoint.TwoPoint(), twopoint.activations_and_rho
             return Method(name, "two-point", rules, attribute=twopoint.attribute, rho=rho)
+        case "best":
+            return Method(name, ".6 RelP + .4 two-point", attribute=twopoint.best)
         case "gim" | "attnlrp" | "cp-lrp":
             label, rules_of = RIVALS[name]
             return Method(name, label, rules_of(family))

@@ -3,8 +3,8 @@
 python -m beyond.verify --model toy-gpt2 --share 0.05
 
 A cell is a node at a layer and a position of one pair, where the two runs differ. AP is run on that share of all cells,
-over all kinds of nodes together, where the largest of |AtP|, |RelP| and |two-point| is largest. Elsewhere the mean of
-RelP's and two-point's scores stands.
+over all kinds of nodes together, where the largest of |AtP|, |RelP| and |two-point| is largest. Elsewhere stands what
+the method `best` says.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from beyond import twopoint
 from beyond.methods import method
 from models import Transformer
 from support import figures, inspector, resume, tables
@@ -41,7 +42,7 @@ def verify(title: str, model: Transformer, pairs: list[Pair], o: argparse.Namesp
     exact = {node: x >= least for node, x in strength.items()}
     truth = patch_cells(model, pairs, exact, o)
     for node in o.nodes:
-        estimate = (scores["relp", node] + scores["twopoint", node]) / 2
+        estimate = twopoint.mixed(scores["relp", node], scores["twopoint", node])
         scores["verified", node] = np.where(exact[node], truth[node], estimate)
     return scores, exact, found.values
 

@@ -21,11 +21,12 @@ from tasks import Pair
 
 COLORS = {
     "ap": "#222222",
-    "atp": "#9aa0a6",
+    "atp": "#7a8087",
     "atp*": "#5f6368",
     "relp": "#1f6fb4",
-    "twopoint": "#2a9d5c",
-    "ig": "#e08a1e",
+    "twopoint": "#1f8a4c",
+    "best": "#8a3fa0",
+    "ig": "#c26a00",
 }
 CELL = 0.19  # the width and the height of a cell in a heat map
 BESIDES = 4  # heat maps in a line
@@ -177,34 +178,31 @@ def draw_maps(title: str, rows: list[Row], notes: list[str] = ()) -> Figure:
 
 
 def correlations(of_models: dict[str, dict], methods: list, nodes: list[str]) -> Figure:
-    """Figure 1: PCC with AP as bars with 95 % intervals, a panel for each kind of node, the methods side by side.
+    """Figure 1: what PCC with AP lacks of 1, with 95 % intervals, a panel for each kind of node, a line for each model.
 
     of_models: {model: {method: {node: ...}}}, see statistics.agreements. methods: scoring.Methods.
     """
-    room = 0.8 + 0.075 * max(len(cut(method.label)) for method in methods)  # for the legend
-    total = 0.7 + (0.95 + 0.45 * len(of_models)) * len(nodes) + room
-    figure = Figure(figsize=(total, 3.4))
-    places = {"left": 0.7 / total, "right": 1 - room / total, "bottom": 0.25, "top": 0.83, "wspace": 0.06}
-    axes = figure.subplots(1, len(nodes), sharey=True, squeeze=False, gridspec_kw=places)[0]
-    x, width = np.arange(len(of_models)), 0.8 / len(methods)
-    for ax, node in zip(axes, nodes):
+    height, width = 0.25 + 0.12 * len(methods), 2.9
+    total = 1.6 + len(nodes) * (width + 0.15)
+    figure = Figure(figsize=(total, height * len(of_models) + 1.6))
+    y = np.arange(len(of_models))[::-1]
+    for k, node in enumerate(nodes):
+        ax = place(figure, 1.5 + k * (width + 0.15), 0.85, width, height * len(of_models))
         for i, method in enumerate(methods):
             value, low, high = np.array([of[method.name][node]["averaged"] for of in of_models.values()]).T
-            ax.bar(
-                x + (i - (len(methods) - 1) / 2) * width,
-                value,
-                0.95 * width,
-                label=cut(method.label),
-                color=COLORS.get(method.name),
-                yerr=np.maximum(0, [value - low, high - value]),  # percentiles may leave the value outside
-                error_kw={"linewidth": 0.8},
+            ends = np.maximum(0, [high - value, value - low])  # percentiles may leave the value outside
+            at, color = y + ((len(methods) - 1) / 2 - i) * 0.8 / len(methods), COLORS.get(method.name)
+            ax.errorbar(
+                1 - value, at, xerr=ends, fmt="o", markersize=4, linewidth=1, color=color, label=cut(method.label)
             )
         ax.set_title(node, fontsize=9)
+        ax.set_xscale("log")
         ax.tick_params(labelsize=8)
-        ax.set_xticks(x, [cut(model, 20) for model in of_models], rotation=35, ha="right")
-        ax.axhline(0, color="black", linewidth=0.6)
-    axes[0].set_ylabel("PCC with activation patching", fontsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=8)
+        ax.grid(axis="x", linewidth=0.3)
+        ax.set_ylim(-0.6, len(y) - 0.4)
+        ax.set_yticks(y, [cut(model, 20) for model in of_models] if k == 0 else [""] * len(y))
+        ax.set_xlabel("1 - PCC with activation patching: further left is better", fontsize=7)
+    figure.legend(*ax.get_legend_handles_labels(), loc="lower center", ncols=6, fontsize=8)
     if {"atp", "relp"} <= {method.name for method in methods}:
         pairs = [[of[m][node]["averaged"][0] for m in ("relp", "atp")] for of in of_models.values() for node in nodes]
         better = sum(one > other for one, other in pairs)

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from test_tasks import Words
 
 import tasks
-from support import figures
+from support import figures, inspector
 from support.positions import legend
 from support.results import save_figure
 from support.statistics import agreements, resamples
@@ -147,9 +147,19 @@ def test_correlations():
     }
     figure = figures.correlations(of_models, [ATP, RELP], ["z"])
     (ax,) = figure.axes
-    heights, colors = [bar.get_height() for bar in ax.patches], [to_hex(bar.get_facecolor()) for bar in ax.patches]
-    assert heights == [0.5, 0.7, 0.9, 0.6]  # a method's bars together
-    assert colors == 2 * [figures.COLORS["atp"]] + 2 * [figures.COLORS["relp"]]
-    ends = [segment[:, 1].tolist() for bars in ax.collections for segment in bars.get_segments() if len(segment)]
-    assert ends == [pytest.approx([0.4, 0.55]), pytest.approx([0.7, 0.8]), pytest.approx([0.85, 0.92])]
-    assert ticks(ax.xaxis) == ["one", "other"] and "in 1 of 2 cases" in figure.get_suptitle()
+    (atp, of_atp), (relp, of_relp) = [(box.lines[0], box.lines[2][0].get_segments()) for box in ax.containers]
+    assert atp.get_xdata() == pytest.approx([0.5, 0.3]) and relp.get_xdata() == pytest.approx([0.1, 0.4])
+    assert to_hex(atp.get_color()) == figures.COLORS["atp"] and to_hex(relp.get_color()) == figures.COLORS["relp"]
+    assert [atp.get_ydata() > relp.get_ydata()][0].all()  # a model's methods from the top down
+    ends = [x[:, 0].tolist() for x in (*of_atp, *of_relp) if len(x) and np.isfinite(x).all()]
+    assert ends == [pytest.approx(x) for x in ([0.45, 0.6], [0.2, 0.3], [0.08, 0.15])]
+    assert ticks(ax.yaxis) == ["one", "other"] and "in 1 of 2 cases" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("name", figures.COLORS)
+def test_a_methods_colour_is_seen_on_white(name):
+    """A contrast of 3, as WCAG asks of what is drawn."""
+    parts = [int(figures.COLORS[name][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    r, g, b = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+    assert 1.05 / (0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05) >= 3
+    assert figures.COLORS[name] in (inspector.TEMPLATE.read_text() + "#222222#5f6368#7a8087")

@@ -7,6 +7,7 @@ from conftest import FAMILIES, NEWER
 import models
 import relp
 from beyond import rivals, twopoint
+from beyond.methods import method
 from beyond.twopoint import TwoPoint
 from models import Pass, Rules, from_pretrained
 
@@ -208,3 +209,12 @@ def test_what_cannot_be(load, pair):
         twopoint.attribute(load("qwen3-moe"), *pair, ["mlp_out"])
     with pytest.raises(ValueError, match="unknown node 'mlp'"):
         twopoint.attribute(load("gpt2"), *pair, ["mlp"])
+
+
+def test_best_is_six_tenths_relp_and_four_tenths_two_point(load, pair):
+    model = load("qwen2")
+    nodes = ["resid_pre", "head", "neuron", "q"]
+    found = method("best", "qwen2").scores(model, *pair, nodes)
+    of_relp, two = relp.attribute(model, *pair, nodes, lrp=True), twopoint.attribute(model, *pair, nodes)
+    for node in nodes:
+        torch.testing.assert_close(found[node], 0.6 * of_relp[node] + 0.4 * two[node])

@@ -45,7 +45,7 @@ def every_score(compute):
 
 
 def test_verify(verified, monkeypatch):
-    """AP of that share of the cells and of no others, and the mean of the two methods elsewhere."""
+    """AP of that share of the cells and of no others, and the weighted mean of two methods elsewhere."""
     cells, patching = [], resume.activation_patching
     counted = lambda *a: cells.append(sum(int(x.sum()) for x in a[6].values())) or patching(*a)  # noqa: E731
     monkeypatch.setattr(resume, "activation_patching", counted)
@@ -64,7 +64,7 @@ def test_verify(verified, monkeypatch):
     n = sum(int(np.nansum(x > 0)) for x in strength.values())
     assert len(inside) == sum(cells) == round(0.1 * n) and inside.min() >= np.nanmax(left) * (1 - 1e-5)
     for node in NODES:
-        estimate = (cheap["relp"][node] + cheap["twopoint"][node]) / 2
+        estimate = 0.6 * cheap["relp"][node] + 0.4 * cheap["twopoint"][node]
         expected = np.where(exact[node], truth[node], estimate)
         np.testing.assert_allclose(found[f"verified_{node}"], expected, atol=1e-4)
         of = summary["nodes"][node]
