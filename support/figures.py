@@ -197,6 +197,8 @@ def correlations(of_models: dict[str, dict], methods: list, nodes: list[str]) ->
             )
         ax.set_title(node, fontsize=9)
         ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
         ax.tick_params(labelsize=8)
         ax.grid(axis="x", linewidth=0.3)
         ax.set_ylim(-0.6, len(y) - 0.4)

@@ -153,7 +153,7 @@ def test_correlations():
     assert [atp.get_ydata() > relp.get_ydata()][0].all()  # a model's methods from the top down
     ends = [x[:, 0].tolist() for x in (*of_atp, *of_relp) if len(x) and np.isfinite(x).all()]
     assert ends == [pytest.approx(x) for x in ([0.45, 0.6], [0.2, 0.3], [0.08, 0.15])]
-    assert ticks(ax.yaxis) == ["one", "other"] and "in 1 of 2 cases" in figure.get_suptitle()
+    assert ticks(ax.yaxis) == ["one", "other"] and "in 1 of 2\ncases" in figure.get_suptitle()
 
 
 @pytest.mark.parametrize("name", figures.COLORS)
