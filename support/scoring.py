@@ -18,6 +18,7 @@ from support import resume
 from support.processes import gathered, rank, share, world
 from support.prompts import batches, tensors
 from support.results import Store
+from support.try_out import try_out
 from tasks import Pair
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -105,6 +106,12 @@ def score_pairs(
     seconds = {method.name: 0.0 for method in methods}
     off = None if rank() == 0 else True  # None: on in a terminal only
     bar = tqdm(total=len(pairs) * len(methods), leave=False, disable=off, delay=2, bar_format=BAR)
+
+    original, patch, answers = tensors(pairs[:1], device)
+    targets = two_runs(model, original, patch, answers, metric)["targets"]
+    for method in methods:
+        if method is AP or not method.attribute:
+            try_out(model, original, patch, targets, nodes, metric, method.lrp != Rules() and method.lrp)
 
     def score(numbers: list[int], rows: int) -> dict:
         """{what: [batch, ...]} of one batch: "values", "right", and (method, node)."""
