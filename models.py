@@ -1,8 +1,7 @@
 """Transformers that can propagate relevance: GPT-2, GPT-NeoX (Pythia), Qwen2, Gemma 2 and Llama, in plain PyTorch.
 
     model = from_pretrained("gpt2")                # or from_transformers(a model of transformers that is in memory)
-    logits = model(tokens)                         # the plain forward pass
-    logits = model(tokens, lrp=True)               # the same numbers; backward now follows the paper's LRP rules
+    logits = model(tokens, lrp=True)               # those of model(tokens); backward follows the paper's LRP rules
     logits = model(tokens, hook=hook)              # every named node passes through hook(name, layer, value)
 
 Read it from the top: the rules (Table 1 of the RelP paper), the pieces, the block, the transformer. The second half
@@ -11,6 +10,7 @@ reads the configurations, names and weights of Hugging Face checkpoints; support
 Shapes: b batch, t position, h head; d is d_model, or d_head after an h. [58] is number 58 of the paper's references.
 """
 
+import difflib
 import json
 import math
 import os
@@ -101,13 +101,8 @@ class Rules:
 
 # Table 4: the rules of the paper's experiments (the 0-rule on linear layers, no AH-rule). Llama, which the paper leaves
 # out, has Qwen2's parts. What has no rule keeps its plain gradient: rotation, softcaps, the softmax without AH-rule.
-TABLE_4 = {
-    "gpt2": Rules(ln=True, identity=True),
-    "gpt_neox": Rules(ln=True, identity=True),
-    "qwen2": Rules(ln=True, identity=True, half=True),
-    "gemma2": Rules(ln=True, identity=True, half=True),
-    "llama": Rules(ln=True, identity=True, half=True),
-}
+TABLE_4 = dict.fromkeys(("gpt2", "gpt_neox"), Rules(ln=True, identity=True))
+TABLE_4 |= dict.fromkeys(("qwen2", "gemma2", "llama"), Rules(ln=True, identity=True, half=True))
 
 
 def y_gamma(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, gamma: float) -> Tensor:
@@ -334,8 +329,7 @@ class Transformer(nn.Module):
     lrp   False: the plain gradient. True: the family's rules (TABLE_4). Rules(...): exactly these. The logits are the
           same to the bit in every case; only what backward returns differs.
     hook  hook(name, layer, x) -> x is called with every node (see the list above) and returns what the pass goes on
-          with: x itself to observe, another tensor to intervene. A hook that needs some nodes only names them in its
-          attribute `nodes`. If "pattern" is wanted, no fused kernel is used; results then differ by rounding.
+          with: x itself to observe, another tensor to intervene. Pass.wants says which nodes a hook wants.
     """
 
     def __init__(self, config: "Config"):
@@ -634,7 +628,7 @@ SHORT_NAMES |= {f"toy-{config.parent.name}": str(config.parent) for config in TO
 
 
 def from_pretrained(name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Transformer:
-    """A model from a short name (SHORT_NAMES), a Hub repository "owner/name", or a directory in Hugging Face layout.
+    """A model from a short name (SHORT_NAMES), a Hub repository "owner/name" or "owner/name@revision", or a directory.
 
     Its weights need no gradient and keep the checkpoint's values: nothing is folded or centred. ValueError, in one
     line, for what cannot be downloaded, a family that is not ours, a corrupt file, and weights that do not fit.
@@ -673,15 +667,17 @@ def folder_of(name: str) -> Path:
     source = SHORT_NAMES.get(name, name)
     if os.path.isdir(source):  # False, and no error, for an impossible name
         return Path(source)
+    source, _, revision = source.partition("@")
+    source = SHORT_NAMES.get(source, source)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        known = ", ".join(SHORT_NAMES)
+        known = ", ".join(difflib.get_close_matches(name, SHORT_NAMES, 4, 0.5) or SHORT_NAMES)
         raise ValueError(f"unknown model {name!r:.80}: give one of {known}, a Hub repository, or a directory")
     from huggingface_hub import snapshot_download
 
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
             wanted = ["config.json", "tokenizer*.json", "vocab.json", "merges.txt", weights]
-            folder = Path(snapshot_download(source, allow_patterns=wanted))
+            folder = Path(snapshot_download(source, revision=revision or None, allow_patterns=wanted))
             if any(folder.glob(weights)):
                 break
     except Exception as error:  # each kind of failure has an error of its own, which says what to do
@@ -695,6 +691,8 @@ def read_checkpoint(name: str) -> tuple[dict, dict[str, Tensor]]:
 
     folder = folder_of(name)
     hf = read_json(folder / "config.json")
+    if (folder / "adapter_config.json").exists():  # transformers would add the adapter
+        raise ValueError(f"{folder} has an adapter (LoRA): merge it into the weights first")
     names = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
     files, tensors = next((files for name in names if (files := sorted(folder.glob(name)))), []), {}
     if not files:

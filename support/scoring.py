@@ -108,7 +108,9 @@ def score_pairs(
     bar = tqdm(total=len(pairs) * len(methods), leave=False, disable=off, delay=2, bar_format=BAR)
 
     original, patch, answers = tensors(pairs[:1], device)
-    targets = two_runs(model, original, patch, answers, metric)["targets"]
+    first = two_runs(model, original, patch, answers, metric)
+    targets = first.pop("targets")
+    check_finite(title, first, model)
     for method in methods:
         if method is AP or not method.attribute:
             try_out(model, original, patch, targets, nodes, metric, method.lrp != Rules() and method.lrp)
@@ -181,7 +183,8 @@ def two_runs(model: Transformer, original: Tensor, patch: Tensor, answers: Tenso
 def check_finite(title: str, values: dict, model: Transformer) -> None:
     if not all(value.isfinite().all() for value in values.values()):
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-        raise ValueError(f"{title}: scores that are not finite in {dtype}; try --dtype float32")
+        advice = "are all weights finite?" if dtype in ("float32", "float64") else "try --dtype float32"
+        raise ValueError(f"{title}: scores that are not finite in {dtype}; {advice}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -248,7 +248,7 @@ def test_relp_and_models_by_themselves(copied):
 
 def test_a_copy_of_models_does_not_offer_the_toys(copied):
     """They lie beside the original. The name is said as it was given."""
-    given = ("toy-gpt2", "no-such-model", "Toy GPT2")
+    given = ("yot", "no-such", "TOY")
     code = f"""
 import models
 for name in {given}:
@@ -261,9 +261,20 @@ for name in {given}:
         before, offered = line.split(": give one of ")
         assert before == f"unknown model {name!r}"
         assert "toy" not in offered and "gpt2-xl, " in offered and str(ROOT) not in line
-    with pytest.raises(ValueError, match="unknown model 'no-such-model': give one of .*, toy-gpt2, ") as error:
-        models.from_pretrained("no-such-model")
+    with pytest.raises(ValueError, match="unknown model 'no-such': give one of .*, toy-gpt2, ") as error:
+        models.from_pretrained("no-such")
     assert "/" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, near", [
+    ("gpt2-small", "gpt2-xl, gpt2-large, gpt2-medium, gpt2, a Hub"),
+    ("toy-gpt", "toy-gpt2, "),
+    ("pythia-160m", "pythia-410m, pythia-70m"),
+])  # fmt: skip
+def test_names_that_are_near_are_offered(name, near):
+    with pytest.raises(ValueError, match=f"unknown model '{name}': give one of {near}") as error:
+        models.from_pretrained(name)
+    assert len(str(error.value)) < 200
 
 
 def test_copies_under_other_names_beside_a_package_called_support(tmp_path):

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import relp
 from models import Rules, from_pretrained
+from support.results import slug
 from support.tokenizer import NoTokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -271,6 +272,34 @@ def test_the_cache_serves_when_the_hub_does_not(kind, how, hub, folders, monkeyp
     same_as(folders[kind], f"tiny/{kind}")
 
 
+def test_a_revision(monkeypatch, folders):
+    """owner/name@revision, and a short name with one, for the model and its tokenizer."""
+    asked = []
+
+    def download(repository, revision, allow_patterns):
+        asked.append((repository, revision))
+        return str(folders["whole"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    model = from_pretrained("tiny/whole@step3000")
+    assert torch.equal(model(TOKENS), from_pretrained(str(folders["whole"]))(TOKENS))
+    load_tokenizer("pythia-70m@step1000")
+    from_pretrained("gpt2")
+    assert asked == [
+        ("tiny/whole", "step3000"),
+        ("EleutherAI/pythia-70m", "step1000"),
+        ("openai-community/gpt2", None),
+    ]
+    assert slug("EleutherAI/pythia-70m@step1000") == "EleutherAI-pythia-70m-step1000"
+
+
+def test_an_adapter_is_refused(folders, tmp_path):
+    shutil.copytree(folders["whole"], tmp_path / "adapted")
+    (tmp_path / "adapted" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has an adapter \(LoRA\): merge it into the weights first"):
+        from_pretrained(str(tmp_path / "adapted"))
+
+
 def test_a_new_commit_is_noticed(hub, folders, tmp_path):
     """Also where it brings a file that the repository lacked before: weights go from shards to one file."""
     shutil.copytree(folders["sharded"], tmp_path / "moving")
@@ -409,7 +438,7 @@ def test_a_cache_that_cannot_be_written(hub, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt3", "no/such/place", "-/-", "a b/c", "./nowhere", "../x", "tiny/..", "tiny/whole@main", "~/gpt2"]
+    "name", ["gpt3", "no/such/place", "-/-", "a b/c", "./nowhere", "../x", "tiny/..", "whole@main", "~/gpt2"]
 )
 def test_names_that_are_no_repositories(name, hub):
     says(name)
