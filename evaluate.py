@@ -49,7 +49,6 @@ NODES_OF_NEURONS = ("attn_out", "mlp_out")  # whose dimensions are units where t
 SAES = {  # of a model, if --saes names none
     "toy-neox": str(Path(__file__).parent / "toy" / "saes" / "neox"),
     "pythia-70m-deduped": "saprmarks/pythia-70m-deduped-saes",
-    "EleutherAI/pythia-70m-deduped": "saprmarks/pythia-70m-deduped-saes",
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,11 +87,11 @@ def evaluate_nodes(name: str, o: argparse.Namespace) -> dict:
 
     # table, files, figure, page
     tables.print_report(summary, methods, o.nodes, paper_numbers(name, o))
-    if AP not in methods:
+    if AP not in methods or o.original:
         tables.print_strongest(found.scores, methods, o.nodes, pairs)
     arrays = {f"{m}_{node}": scores for (m, node), scores in found.scores.items()}
     arrays |= {"values": found.values, **prompts.prompt_arrays(pairs)}
-    folder = results.folder_of(o.out, name, o.task, o.prompts)
+    folder = results.folder_of(o.out, name, o.task, "pair" if o.original else o.prompts)
     with results.replacing(folder, "heatmaps.png", "inspect.html") as new:
         save(new / "scores.npz", lambda file: np.savez_compressed(file, **arrays))
         save_json(new / "summary.json", summary)
@@ -114,8 +113,9 @@ def of_both_runs(values: np.ndarray, weights: torch.Tensor) -> dict:
 
 def paper_numbers(name: str, o: argparse.Namespace) -> dict | None:
     """The paper's own numbers for this model, if prompts, metric and rules are those of its experiment."""
-    same = not (o.prompts or o.no_bos) and (o.corruption, o.metric, o.rules) == ("swap", "logit_diff", "paper")
-    return TABLE_5.get(name) if same else None
+    others = o.prompts or o.original or o.no_bos
+    same = (o.corruption, o.metric, o.rules) == ("swap", "logit_diff", "paper")
+    return TABLE_5.get(name) if same and not others else None
 
 
 def compare_models(summaries: list[dict], o: argparse.Namespace) -> None:
@@ -327,6 +327,7 @@ DEFAULTS = {  # of the options that the tasks do not share. None: it depends on 
         "nodes": NODES,
         "corruption": "swap",
         "shard": False,
+        "original": None,
     },
     "sva": {
         "model": ["toy-neox"],
@@ -362,7 +363,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     given = parser.parse_known_args(argv)[0]
     task = given.task
     unfit = dict.fromkeys((DEFAULTS["ioi"] | DEFAULTS["sva"]).keys() - DEFAULTS[task].keys(), f"--task {task}")
-    unfit |= dict.fromkeys(["corruption", "structures"] if given.prompts else [], "--prompts")
+    unfit |= dict.fromkeys(["corruption", "structures"] if given.prompts or given.original else [], "own prompts")
     for name, other in unfit.items():
         if getattr(given, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} has no meaning with {other}")

@@ -99,7 +99,7 @@ def print_verified(summary: dict, scores: dict, exact: dict, pairs: list[Pair]) 
     tables.print_columns(rows)
     labels, at = overlay(pairs)
     maps, rows = {key: laid_over(x, at) for key, x in scores.items()}, [("the strongest", ["exact", " AP", *CHEAP])]
-    found = tables.strongest({node: maps["verified", node] for node in exact}, labels, 10)
+    found = tables.peaks({node: maps["verified", node] for node in exact}, labels, 10)
     for node, layer, pos, label, part, score in found:
         i = (layer, pos) if part is None else (layer, pos, part)
         numbers = [f"{x: .3f}" for x in (score, *(maps[m, node][i] for m in CHEAP))]

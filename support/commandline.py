@@ -42,6 +42,7 @@ GROUPS = {  # one name for several models
     ],
 }
 NODES = "resid_pre,attn_out,mlp_out"  # residual stream, attention outputs and MLP outputs of Table 5
+PAIR = ("original", "patch", "answers")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,6 +61,14 @@ def common_parser(prog: str, description: str, without: Collection[str] = ()) ->
 
     groups = ", ".join(GROUPS)
     add("model", "NAME", nargs="+", default=["toys"], help=f"short names, Hub repositories, folders, {groups} [toys]")
+    for name in PAIR:
+        what = "a prompt of your own, with its patch prompt and the answers of both"
+        add(
+            name,
+            "TEXT",
+            **({"nargs": 2} if name == "answers" else {}),
+            help=what if name == "original" else "see above",
+        )
     add("prompts", "FILE", type=text, help="prompt pairs of a JSON-lines file instead of the templates'")
     add("pairs", "N", type=whole, default=100, help="prompt pairs; with --prompts at most that many [100]")
     add("seed", "N", type=seed, default=0, help="of the choice of prompts, and of the resamples for intervals [0]")
@@ -84,6 +93,9 @@ def parse(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     for name in o.model:
         if (other := folders.setdefault(results.slug(name), name)) != name:
             raise ValueError(f"{other} and {name} would write to one folder: give each an --out of its own")
+    given = [getattr(o, name, None) is not None for name in PAIR]
+    if any(given) and (not all(given) or o.prompts):
+        raise ValueError("--original, --patch and --answers are given together, and without --prompts")
     results.check_writable(o.out)
     o.device = processes.join(o.device)
     return o
@@ -174,7 +186,10 @@ def load_model(name: str, o: argparse.Namespace) -> models.Transformer:
 def load(name: str, o: argparse.Namespace) -> tuple[models.Transformer, list[tasks.Pair]]:
     """The model, and its IOI pairs or those of --prompts; says so."""
     model = load_model(name, o)
-    pairs = prompt_pairs(name, model, o, o.pairs, o.prompts)
+    if getattr(o, "original", None):
+        pairs = [tasks.pair(load_tokenizer(name), o.original, o.patch, *o.answers, not o.no_bos)]
+    else:
+        pairs = prompt_pairs(name, model, o, o.pairs, o.prompts)
     c, s = model.config, "s" * (len(pairs) > 1)
     say(f"\n{name}: {c.n_layers} layers, {len(pairs)} prompt pair{s}, {o.dtype} on {o.device}")
     return model, pairs

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import relp
 from support.circuits import MEASURES, VARIANTS, Structure, at_sizes, curve, resamples_of_prompts
-from support.positions import laid_over, legend, overlay
+from support.positions import laid_over, legend, overlay, visible
 from support.statistics import agreement
 from support.tables import check_labels, cut, short
 from support.tokenizer import load_tokenizer
@@ -104,11 +104,6 @@ def example(name: str, pair: Pair) -> list[str]:
     skip = int(pair.roles[0] == "BOS")
     texts = [visible(tokenizer.decode(list(ids[skip:]))) for ids in (pair.original, pair.patch)]
     return [f"for example “{texts[0]}”, and from the patch prompt “{texts[1]}”"]
-
-
-def visible(text: str) -> str:
-    """Characters that draw nothing, or turn the text around, as their code."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def pcc(scores: dict, method: str, node: str, pairs: list[Pair]) -> str:

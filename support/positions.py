@@ -12,7 +12,7 @@ def overlay(pairs: list[Pair]) -> tuple[list[str], np.ndarray]:
 
     If the roles of all pairs occur, in order, in those of the longest prompt, the pairs are laid over each other by
     role (the IOI templates). Otherwise only the pairs of the most frequent length are shown, and a position is labelled
-    with its token where that is the same in all of them.
+    with its token where that is the same in all of them. A label that several positions have gets their numbers.
     """
     axis = max((p.roles for p in pairs), key=len)
     places = [places_in(axis, p.roles) for p in pairs]
@@ -27,8 +27,13 @@ def overlay(pairs: list[Pair]) -> tuple[list[str], np.ndarray]:
     labels = []
     for j, role in enumerate(axis):
         roles = {p.roles[k] for p, k in zip(pairs, at[:, j]) if k >= 0}
-        labels.append(role if roles == {role} else f"pos {j}")
-    return labels, at
+        labels.append(visible(role) if roles == {role} else f"pos {j}")
+    return [f"{label}:{j}" if labels.count(label) > 1 else label for j, label in enumerate(labels)], at
+
+
+def visible(text: str) -> str:
+    """Characters that draw nothing, turn the text around or steer a terminal, as their code."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def labels_of(pairs: list[Pair]) -> dict[str, list[str]]:

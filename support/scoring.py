@@ -1,11 +1,9 @@
 """The methods, and the loop that scores all prompt pairs with them, batch by batch."""
 
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -140,7 +138,7 @@ def score_pairs(
         return {what: value.cpu().numpy() for what, value in result.items()}
 
     with bar:
-        mine = list(by_batch(model, pairs, score, batch_size, shard=shard))
+        mine = list(by_batch(model, pairs, score, batch_size))
 
     everybody = gathered((mine, seconds))
     whole = joined([part for parts, _ in everybody for part in parts], len(pairs), longest)
@@ -239,33 +237,17 @@ def patch_every_cell(
 
 
 def by_batch(
-    model: Transformer,
-    pairs: list[Pair],
-    compute: Callable,
-    batch_size: int | None = None,
-    most: int = sys.maxsize,
-    shard: bool = False,
+    model: Transformer, pairs: list[Pair], compute: Callable, batch_size: int | None = None, most: int = sys.maxsize
 ) -> Iterator[tuple[list[int], object]]:
     """(pair numbers, compute(pair numbers, rows)) for batches of pairs of one length; each process gets its share.
 
     batch_size  pairs, and patched runs (rows), that go through the model together. None: as many as should fit, up to
-                `most` pairs; half as many, again and again, if they run out of memory
+                `most` pairs
     """
     size, rows = (batch_size, batch_size) if batch_size else auto_size(model, max(len(p.original) for p in pairs))
-    waiting = [share(numbers) for numbers in batches(pairs, min(size, most) * world())]
-    while waiting:
-        result = attempt(partial(compute, waiting[0], rows))
-        if result is not None:
-            yield waiting.pop(0), result
-            continue
-        n = len(waiting[0])
-        if batch_size or shard or n == rows == 1:
-            raise ValueError(OUT_OF_MEMORY)
-        print(
-            f"  out of memory with {n} prompts and {rows} patched runs at a time: half as many from now on", flush=True
-        )
-        size, rows = max(1, n // 2), max(1, rows // 2)
-        waiting = [numbers[i : i + size] for numbers in waiting for i in range(0, len(numbers), size)]
+    for numbers in batches(pairs, min(size, most) * world()):
+        mine = share(numbers)
+        yield mine, compute(mine, rows)
 
 
 def auto_size(model: Transformer, length: int) -> tuple[int, int]:
@@ -283,19 +265,6 @@ def auto_size(model: Transformer, length: int) -> tuple[int, int]:
     runs = max(1, memory // (per_token * length))
     mine = max(1, runs // c.n_layers), min(runs, max(1, fastest // length))
     return tuple(map(min, zip(*gathered(mine))))
-
-
-def attempt(compute: Callable) -> object:
-    """compute(), or None if that runs out of memory."""
-    try:
-        return compute()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-    # The error is gone by now, and with it the tensors of the functions that it came through.
-    gc.collect()
-    torch.cuda.empty_cache()
-    return None
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -5,13 +5,14 @@ Tables are at most WIDTH characters wide: columns that do not fit stand below th
 
 import math
 import re
+import sys
 import textwrap
 from typing import NamedTuple
 
 import numpy as np
 
 from support.circuits import MEASURES, SIZES, VARIANTS, Structure
-from support.positions import laid_over, legend, overlay
+from support.positions import laid_over, legend, overlay, visible
 from support.scoring import main_method
 from tasks import Pair
 
@@ -107,6 +108,14 @@ def strongest(means: dict[str, np.ndarray], labels: list[str], k: int) -> list[S
     return sorted(found, key=lambda entry: -abs(entry.score))[:k]
 
 
+def peaks(means: dict[str, np.ndarray], labels: list[str], k: int) -> list[Strongest]:
+    """The same, but of each node, position and part only the layer where it is strongest."""
+    found = {}
+    for one in strongest(means, labels, sum(x.size for x in means.values())):
+        found.setdefault((one.node, one.position, one.part), one)
+    return [*found.values()][:k]
+
+
 def print_report(summary: dict, methods: list, nodes: list[str], paper: dict | None = None) -> None:
     """One model's table: a row for each method, a column for each kind of node.
 
@@ -150,17 +159,51 @@ def error_at(found: dict, node: str, summary: dict) -> str:
 
 
 def print_strongest(scores: dict, methods: list, nodes: list[str], pairs: list[Pair]) -> None:
-    """The five nodes with the largest averaged scores, by each method: what there is to see where AP was not run."""
+    """The ten largest peaks by AP, or without it by the main method; of a single pair the prompt too."""
     labels, at = overlay(pairs)
-    for method in methods:
-        print(f"  the strongest nodes by {method.label}, mean over the prompts:")
-        means = {node: laid_over(scores[method.name, node], at) for node in nodes}
-        for node, layer, _, label, part, score in strongest(means, labels, 5):
-            name = node if part is None else f"{node}[{part}]"
-            print(f"    {name:18} layer {layer:<3} {label.strip():10} {score:9.3f}")
+    by = "ap" if "ap" in {m.name for m in methods} else main_method([m.name for m in methods])
+    maps = {key: laid_over(x, at) for key, x in scores.items()}
+    if len(pairs) == 1:
+        print_prompt(pairs[0], strongest_at_positions({node: maps[by, node] for node in nodes}))
+    rows = [(f"strongest, by {next(m.label for m in methods if m.name == by)}", [f" {cut(m.label)}" for m in methods])]
+    for node, layer, pos, label, part, _ in peaks({node: maps[by, node] for node in nodes}, labels, 10):
+        i = (layer, pos) if part is None else (layer, pos, part)
+        name = node if part is None else f"{node} {part}"
+        rows.append((f"{name}, layer {layer}, {label.strip()}", [f"{maps[m.name, node][i]: .3f}" for m in methods]))
+    print_columns(rows)
     if legend(labels):
         print_text(f"({legend(labels)})")
-    print("  activation patching tells how far these can be trusted: add ap to --methods")
+    if by != "ap":
+        print("  activation patching tells how far these can be trusted: add ap to --methods")
+
+
+def strongest_at_positions(maps: dict[str, np.ndarray]) -> np.ndarray:
+    """Of each position the largest score in size, of all layers, nodes and parts [layer, pos, ...]."""
+    flat = np.concatenate([np.moveaxis(x, 1, 0).reshape(x.shape[1], -1) for x in maps.values()], axis=1)
+    return flat[np.arange(len(flat)), np.abs(flat).argmax(1)]
+
+
+def print_prompt(pair: Pair, effects: np.ndarray) -> None:
+    """The original prompt, the effects below its words; in a terminal also in colour: blue negative, red positive."""
+    words = [visible(role) for role in pair.roles]
+    numbers = [f"{x:+.2f}" if x else "" for x in effects]
+    widths, largest, start = [max(map(len, both)) for both in zip(words, numbers)], np.abs(effects).max() or 1, 0
+    while start < len(words):
+        end = start + 1
+        while end < len(words) and sum(widths[start : end + 1]) + end + 2 - start <= WIDTH:
+            end += 1
+        shown = range(start, end)
+        colours = [colour(effects[j] / largest) if sys.stdout.isatty() else ("", "") for j in shown]
+        print("  " + " ".join(f"{on}{words[j]:{widths[j]}}{off}" for j, (on, off) in zip(shown, colours)).rstrip())
+        print("  " + " ".join(f"{numbers[j]:{widths[j]}}" for j in shown).rstrip())
+        start = end
+
+
+def colour(share: float) -> tuple[str, str]:
+    """What a terminal is told before and after a word with this share of the largest effect."""
+    pale = round(255 * (1 - abs(share)))
+    r, g, b = (255, pale, pale) if share > 0 else (pale, pale, 255)
+    return f"\033[30;48;2;{r};{g};{b}m", "\033[0m"
 
 
 def print_overview(reports: list[dict], methods: list, nodes: list[str]) -> None:

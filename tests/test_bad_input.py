@@ -71,8 +71,8 @@ def refused(run, tmp_path):
     (["--task", "sva", "--thresholds", "1e-4,1,1000000000000"], ["--thresholds", "up to 1000"]),
     (["--task", "sva", "--thresholds", "1,2"], ["--thresholds", "LOW,HIGH,COUNT"]),
     (["--task", "sva", "--saes", "x" * 5000], ["SAE"]),
-    (["--prompts", "x.jsonl", "--corruption", "s2"], ["--corruption", "no meaning with --prompts"]),
-    (["--task", "sva", "--prompts", "x.jsonl", "--structures", "simple"], ["--structures", "--prompts"]),
+    (["--prompts", "x.jsonl", "--corruption", "s2"], ["--corruption", "no meaning with own prompts"]),
+    (["--task", "sva", "--prompts", "x.jsonl", "--structures", "simple"], ["--structures", "own prompts"]),
 ], ids=label)  # fmt: skip
 def test_arguments(arguments, words, tiny, refused):
     message = refused("--model", tiny["gpt2"], *arguments)

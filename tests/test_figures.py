@@ -12,7 +12,7 @@ from test_tasks import Words
 
 import tasks
 from support import figures, inspector
-from support.positions import legend
+from support.positions import legend, visible
 from support.results import save_figure
 from support.statistics import agreements, resamples
 from support.tokenizer import load_tokenizer
@@ -113,7 +113,7 @@ def test_an_example_is_in_words():
     pairs = tasks.ioi(load_tokenizer("toy-gpt2"), 3)
     words = load_tokenizer("toy-gpt2").decode(list(pairs[0].original[1:]))
     assert f"for example “{words}”" in draw(pairs, ["mlp_out"], name="toy-gpt2")[1].get_supxlabel().replace("\n", " ")
-    assert figures.visible("a\n\u202eb é") == "a\\n\\u202eb é"
+    assert visible("a\n\u202eb é") == "a\\n\\u202eb é"
 
 
 def test_dollars_are_no_mathematics(tmp_path):

@@ -92,3 +92,14 @@ def test_the_legend_explains_what_is_not_a_word():
     for role in {role for roles in (ioi, *sva) for role in roles}:  # each role that is no word of its template
         words = " ".join([*tasks.TEMPLATES, *(template for template, *_ in tasks.SVA.values())])
         assert role in tasks.ROLES or role in words.replace("[", "<").replace(",", " , ").split(), role
+
+
+def test_a_label_that_several_positions_have_gets_their_numbers():
+    labels, _ = overlay([pair(5, 6, 7, 6, 8, 6)])
+    assert labels == ["5", "6:1", "7", "6:3", "8", "6:5"]
+
+
+def test_labels_are_text():
+    """Tokens can hold what steers a terminal, or draws nothing."""
+    labels, _ = overlay([pair(5, 6, roles=("\033[2J", "a\u202e\u2060b é"))])
+    assert labels == ["\\x1b[2J", "a\\u202e\\u2060b é"]

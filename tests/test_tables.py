@@ -68,6 +68,13 @@ def lines_of(capsys):
     return capsys.readouterr().out.splitlines()
 
 
+SENTENCES = [
+    "Then, Mary and John went to the store. Mary gave a book to",
+    "Then, John and Mary went to the store. John gave a book to",
+]
+ANSWERS = ["--answers", " John", " Mary"]
+
+
 def numbers(text):
     return [float(x) for x in re.findall(r"[-+]?\d*\.\d+", text)]
 
@@ -209,29 +216,72 @@ def test_a_single_pair_has_no_intervals(tiny, run, tmp_path):
 
 
 def test_without_ap_the_strongest_nodes_are_printed(tiny, run, tmp_path):
-    """Each method's five, computed again: the mean over those pairs whose template has the role."""
+    """Ten peaks by the main method, computed again: the mean over those pairs whose template has the role."""
     nodes = ["mlp_out", "head"]
     given = ["--model", tiny["gpt2"], "--pairs", 5, "--no-plot", "--nodes", ",".join(nodes)]
-    code, out, err = run(*given, "--methods", "relp,ig")
-    assert (code, err) == (0, []) and out.count("the strongest nodes by") == 2
+    code, out, err = run(*given, "--methods", "atp,relp")
+    assert (code, err) == (0, [])
     assert "add ap to --methods" in out and "PCC" not in out and "B1: the name that is said twice" in out
     _, scores = written(tmp_path / "out" / "gpt2-ioi")
     pairs = tasks.ioi(load_tokenizer(str(tiny["gpt2"])), 5)
-    for name, label in (("relp", "RelP"), ("ig", "IG")):
-        every = []
-        for node in nodes:
-            values = scores[f"{name}_{node}"]
-            for role in pairs[0].roles:  # each occurs once; template 3 lacks the comma
-                own = [values[i, :, pair.roles.index(role)] for i, pair in enumerate(pairs) if role in pair.roles]
-                mean = np.mean(own, axis=0)  # [layer] or [layer, head]
-                every += [(float(mean[at]), node, *at, role) for at in np.ndindex(mean.shape)]
-        every.sort(key=lambda entry: -abs(entry[0]))
-        lines = out[out.index(f"the strongest nodes by {label},") :].splitlines()[1:6]
-        for line, (value, node, layer, *part, role) in zip(lines, every):
-            shown = re.fullmatch(r" +(\w+)(\[\d+\])? +layer (\d+) +(\S+) +(-?\d+\.\d+)", line)
-            assert shown, line
-            assert shown.groups()[:4] == (node, str(part) if part else None, str(layer), role)
-            assert float(shown[5]) == pytest.approx(value, abs=6e-4)
+    best = {}
+    for node in nodes:
+        for role in pairs[0].roles:  # each occurs once; template 3 lacks the comma
+            own = [(i, pair.roles.index(role)) for i, pair in enumerate(pairs) if role in pair.roles]
+            relp, atp = (np.mean([scores[f"{m}_{node}"][i, :, at] for i, at in own], axis=0) for m in ("relp", "atp"))
+            for part in np.ndindex(relp.shape[1:]):
+                layer = int(np.abs(relp[(slice(None), *part)]).argmax())
+                name = f"{node} {part[0]}" if part else node
+                best[f"{name}, layer {layer}, {role}"] = float(atp[(layer, *part)]), float(relp[(layer, *part)])
+    order = sorted(best, key=lambda name: -abs(best[name][1]))
+    head, *lines = out[out.index("  strongest, by RelP") :].splitlines()[:11]
+    assert head.split()[-2:] == ["AtP", "RelP"]
+    for line, name in zip(lines, order):
+        assert line.strip().startswith(name), (line, name)
+        assert numbers(line[2 + len(name) :]) == pytest.approx(best[name], abs=6e-4)
+
+
+PAIR = ["--original", "the cat and the dog saw", "--patch", "the cat and the fox saw", "--answers", " it", " them"]
+
+
+def test_one_pair(run, tmp_path, monkeypatch):
+    """Its prompt with an effect below each word that has one, ten nodes by all methods, and the page."""
+    code, out, err = run("--model", "toy-gpt2", "--original", *SENTENCES[:1], "--patch", *SENTENCES[1:], *ANSWERS)
+    assert (code, err) == (0, [])
+    folder = tmp_path / "out" / "toy-gpt2-ioi-pair"
+    assert (folder / "inspect.html").exists() and (folder / "heatmaps.png").exists()
+    _, scores = written(folder)
+    words, effects = out[out.index("  BOS") :].splitlines()[:2]
+    shown = [float(x) for x in effects.split()]
+    every = np.concatenate([scores[f"ap_{node}"][0] for node in ("resid_pre", "attn_out", "mlp_out")])  # [any, pos]
+    wanted = [every[np.abs(every[:, pos]).argmax(), pos] for pos in range(every.shape[1])]
+    assert words.split() == ["BOS", *SENTENCES[0].replace(",", " ,").replace(".", " .").split()]
+    assert shown == pytest.approx([x for x in wanted if x], abs=6e-3)
+    assert "strongest, by AP" in out and "\033" not in out
+
+
+def test_the_prompt_in_a_terminal(monkeypatch, capsys):
+    """Blue is negative, red positive, and no word can steer the terminal; long prompts go on in the next line."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    roles = (" a", " \033[31mb", *(f" word{i}" for i in range(20)))
+    pair = tasks.Pair(tuple(range(22)), (9, *range(1, 22)), (1, 2), roles, "g")
+    tables.print_prompt(pair, np.array([-1.0, 0.5, *[0.0] * 20]))
+    lines = capsys.readouterr().out.splitlines()
+    assert "\033[30;48;2;0;0;255m a   \033[0m" in lines[0] and "\\x1b[31mb" in lines[0] and "\033[31m" not in lines[0]
+    assert "\033[30;48;2;255;128;128m" in lines[0] and len(lines) == 4
+    assert all(len(re.sub("\033\\[[0-9;]*m", "", line)) <= 100 for line in lines)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--original", "a"], "--original, --patch and --answers are given together, and without --prompts"),
+    (["--answers", "a", "b"], "are given together"),
+    ([*PAIR, "--prompts", "x.jsonl"], "without --prompts"),
+    ([*PAIR, "--task", "sva"], "--original has no meaning with --task sva"),
+    ([*PAIR, "--corruption", "s2"], "--corruption has no meaning with own prompts"),
+])  # fmt: skip
+def test_one_pair_that_cannot_be(arguments, says, run):
+    code, _, err = run("--model", "toy-gpt2", *arguments)
+    assert code == 2 and says in err[0] and len(err) == 1
 
 
 @pytest.mark.parametrize("arguments, shown", [

@@ -26,7 +26,7 @@ from beyond.edges.scores import attribute_edges
 from beyond.methods import method
 from models import Transformer
 from support import statistics
-from support.commandline import TOYS, common_parser, load_model, names, parse, prompt_pairs, run, text, whole
+from support.commandline import PAIR, TOYS, common_parser, load_model, names, parse, prompt_pairs, run, text, whole
 from support.inspector import tokenizer_of
 from support.positions import laid_over, overlay
 from support.processes import say, world
@@ -235,7 +235,7 @@ def estimates(of_methods: dict[str, dict[str, Tensor]]) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common_parser("python -m beyond.edges", __doc__.splitlines()[0], without=["nodes", "methods"])
+    parser = common_parser("python -m beyond.edges", __doc__.splitlines()[0], without=["nodes", "methods", *PAIR])
     parser.add_argument("--methods", type=names, metavar="LIST", help=f"[{','.join(DEFAULT)}, and ap for the toys]")
     parser.add_argument("--held-out", type=whole, metavar="N", help="pairs of the templates to judge circuits by [100]")
     parser.add_argument("--judge", type=text, metavar="FILE", help="pairs to judge circuits by, as in --prompts")
