@@ -346,7 +346,7 @@ DEFAULTS = {  # of the options that the tasks do not share. None: it depends on 
 def options(argv: list[str] | None) -> argparse.Namespace:
     """The options of a command line. ValueError for those that cannot be."""
     parser = common_parser("python evaluate.py", "Compare AtP and RelP with activation patching (AP).")
-    parser.epilog = "Defaults of --task sva: --model toy-neox --pairs 300; --nodes and --methods by the model."
+    parser.epilog += " --task sva has toy-neox and 300 pairs by default."
     add = parser.add_argument
     add("--task", choices=list(DEFAULTS), default="ioi", help="ioi: indirect objects; sva: circuits of features [ioi]")
     add("--steps", type=whole, default=10, metavar="N", help="of Integrated Gradients [10]")

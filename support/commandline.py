@@ -18,6 +18,7 @@ import sys
 import warnings
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,11 @@ GROUPS = {  # one name for several models
 }
 NODES = "resid_pre,attn_out,mlp_out"  # residual stream, attention outputs and MLP outputs of Table 5
 PAIR = ("original", "patch", "answers")
+EPILOG = (
+    "Models that need no network: toy-gpt2, toy-neox, toy-qwen2, toy-gemma2, toy-qwen3, and a real one, smollm2-135m-q4. "
+    "Methods: ap patches each node; atp has the gradient, relp the paper's rules, ig averaged gradients; best is .6 relp "
+    "+ .4 twopoint; twopoint, gim, attnlrp, cp-lrp, atp*, eap-ig-5: see beyond/README.md; ln+ah has these rules."
+)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,14 +59,18 @@ class Parser(argparse.ArgumentParser):
 
 def common_parser(prog: str, description: str, without: Collection[str] = ()) -> Parser:
     """A parser of the common options, but for those named in `without`, such as "batch-size"."""
-    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    shape = partial(argparse.HelpFormatter, max_help_position=26, width=110)
+    usage = f"{prog} [options]"
+    parser = Parser(
+        prog=prog, usage=usage, description=description, epilog=EPILOG, allow_abbrev=False, formatter_class=shape
+    )
 
     def add(name: str, metavar: str | None = None, **how) -> None:
         if name not in without:
             parser.add_argument(f"--{name}", **({"metavar": metavar} if metavar else {}), **how)
 
-    groups = ", ".join(GROUPS)
-    add("model", "NAME", nargs="+", default=["toys"], help=f"short names, Hub repositories, folders, {groups} [toys]")
+    known = f"short names, Hub repositories, folders, .gguf files, or {', '.join(GROUPS)} [toys]"
+    add("model", "NAME", nargs="+", default=["toys"], help=known)
     for name in PAIR:
         what = "a prompt of your own, with its patch prompt and the answers of both"
         add(
