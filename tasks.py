@@ -117,8 +117,7 @@ def bos_ids(tokenizer: Tokenizer, bos: bool) -> list[int]:
 
 
 def after(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text that goes on after other text."""
-    # Some tokenizers, such as Llama 2's, put a space before what they encode. Only a prompt's start needs it.
+    """The ids of a text that goes on after other text: some tokenizers put a space before what they encode."""
     return getattr(tokenizer, "encode_after", tokenizer.encode)(text)
 
 
@@ -143,6 +142,7 @@ def pair(
         raise ValueError(f"original and patch must be both texts or both ids; got {original!r:.80}, {patch!r:.80}")
     start = bos_ids(tokenizer, bos) if isinstance(original, str) else []
     prompts = [tokenizer.encode(x) if isinstance(x, str) else x for x in (original, patch)]
+    prompts = [ids[1:] if start and ids[:1] == start else ids for ids in prompts]  # a BOS that is there is not doubled
     answers = [after(tokenizer, x) if isinstance(x, str) else x for x in (original_answer, patch_answer)]
 
     def show(ids: list[int]) -> str:

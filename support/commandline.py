@@ -45,7 +45,7 @@ GROUPS = {  # one name for several models
 NODES = "resid_pre,attn_out,mlp_out"  # residual stream, attention outputs and MLP outputs of Table 5
 PAIR = ("original", "patch", "answers")
 EPILOG = (
-    "Models that need no network: toy-gpt2, toy-neox, toy-qwen2, toy-gemma2, toy-qwen3, and a real one, smollm2-135m-q4. "
+    "Models that need no network: toy-gpt2, toy-neox, toy-qwen2, toy-gemma2, toy-qwen3; a real one, smollm2-135m-q4. "
     "Methods: ap patches each node; atp has the gradient, relp the paper's rules, ig averaged gradients; best is .6 relp "
     "+ .4 twopoint; twopoint, gim, attnlrp, cp-lrp, atp*, eap-ig-5: see beyond/README.md; ln+ah has these rules."
 )
@@ -197,7 +197,8 @@ def load(name: str, o: argparse.Namespace) -> tuple[models.Transformer, list[tas
     """The model, and its IOI pairs or those of --prompts; says so."""
     model = load_model(name, o)
     if getattr(o, "original", None):
-        pairs = [tasks.pair(load_tokenizer(name), o.original, o.patch, *o.answers, not o.no_bos)]
+        prompts.check_answers(tokenizer := load_tokenizer(name), o.original, o.patch, *o.answers)
+        pairs = [tasks.pair(tokenizer, o.original, o.patch, *o.answers, not o.no_bos)]
     else:
         pairs = prompt_pairs(name, model, o, o.pairs, o.prompts)
     c, s = model.config, "s" * (len(pairs) > 1)

@@ -44,7 +44,14 @@ from models import (
 # Data flow
 
 
-class HeadNorm(Norm):
+class QueryKeyNorm(Norm):
+    """A norm on queries or keys. Rules of one's own that have an attribute `qk` have these rules here."""
+
+    def forward(self, x: Tensor, p: Pass) -> Tensor:
+        return super().forward(x, replace(p, rules=getattr(p.rules, "qk", p.rules)))
+
+
+class HeadNorm(QueryKeyNorm):
     """The RMSNorm of each head of x [b, t, h * d_head] by itself; the heads share one weight [d_head]."""
 
     def forward(self, x: Tensor, p: Pass) -> Tensor:
@@ -64,7 +71,7 @@ class OlmoAttention(Attention):
 
     def __init__(self, c: Config, layer: int):
         super().__init__(c, layer)
-        self.q_norm, self.k_norm = Norm(c, c.n_heads * c.d_head), Norm(c, c.n_kv_heads * c.d_head)
+        self.q_norm, self.k_norm = QueryKeyNorm(c, c.n_heads * c.d_head), QueryKeyNorm(c, c.n_kv_heads * c.d_head)
 
 
 class OlmoBlock(Block):

@@ -1,5 +1,7 @@
 """Prompt pairs from files of JSON lines, split into two sets, and as the tensors of a batch."""
 
+import csv
+import io
 import json
 import random
 from collections.abc import Iterator
@@ -14,12 +16,12 @@ import tasks
 from models import first_line
 from tasks import Pair, Tokenizer, Unaligned
 
-# Fields of a line: our name, and the name in the feature-circuits data (their "clean" is our original).
+# Fields of a line: our name, and the names in the data of feature-circuits and EAP-IG (their "clean" is our original).
 FIELDS = {
-    "original": "clean_prefix",
-    "patch": "patch_prefix",
-    "original_answer": "clean_answer",
-    "patch_answer": "patch_answer",
+    "original": ("clean_prefix", "clean"),
+    "patch": ("patch_prefix", "corrupted"),
+    "original_answer": ("clean_answer", "correct_idx"),
+    "patch_answer": ("patch_answer", "incorrect_idx"),
 }
 
 
@@ -30,9 +32,9 @@ def read_pairs(
     n_vocab: int | None = None,
     skip_unaligned: bool = False,
 ) -> list[Pair]:
-    """Prompt pairs from a file of JSON lines, such as the subject-verb agreement data of feature-circuits.
+    """Prompt pairs from a file: JSON lines as in feature-circuits, a JSON array, or a CSV table as in EAP-IG.
 
-    A line is an object with the FIELDS, under either name; other fields and blank lines are skipped. A prompt is a text
+    A line is an object with the FIELDS, under any name; other fields and blank lines are skipped. A prompt is a text
     or a list of token ids; an answer is a text, one id, or a list of one id. A text needs `tokenizer` and, with `bos`,
     begins with its BOS. Ids are used as they are.
     n_vocab: the size of the model's vocabulary, if ids are to be checked against it.
@@ -41,7 +43,7 @@ def read_pairs(
     ValueError, with file and line, for what is no pair.
     """
     try:
-        lines = Path(path).read_bytes().splitlines()  # bytes: str.splitlines also splits at U+2028
+        lines = lines_of(Path(path))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     pairs = []
@@ -49,7 +51,9 @@ def read_pairs(
         if not line.strip():
             continue
         try:
-            pair = tasks.pair(tokenizer, *fields(line, tokenizer), bos)
+            values = fields(line, tokenizer)
+            check_answers(tokenizer, *values)
+            pair = tasks.pair(tokenizer, *values, bos)
             largest = max(*pair.original, *pair.patch, *pair.answers)
             if n_vocab is not None and largest >= n_vocab:
                 raise ValueError(f"token id {largest} is too large; the model's vocabulary ends at {n_vocab - 1}")
@@ -62,6 +66,36 @@ def read_pairs(
     return pairs
 
 
+def lines_of(path: Path) -> list[bytes]:
+    """The lines of a file of JSON lines; those that it would have for what is in a JSON array, or a CSV table."""
+    content = path.read_bytes()
+    if path.suffix == ".csv":
+        table = csv.DictReader(io.StringIO(content.decode("utf-8-sig", errors="replace")))
+        ids = ("correct_idx", "incorrect_idx")
+        rows = [{k: int(v) if k in ids and v.isdecimal() else v for k, v in row.items() if k and v} for row in table]
+    elif content.lstrip().startswith(b"["):
+        try:
+            rows = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not JSON: {first_line(error)}") from None
+    else:
+        return content.splitlines()  # bytes: str.splitlines also splits at U+2028
+    return [json.dumps(row).encode() for row in rows]
+
+
+def check_answers(tokenizer: Tokenizer | None, original: str | list, patch: str | list, *answers: str | list) -> None:
+    """ValueError for the usual slips with spaces: a word's token begins with the space before it."""
+    if not isinstance(original, str):
+        return
+    if original.endswith(" ") or isinstance(patch, str) and patch.endswith(" "):
+        raise ValueError("a prompt ends in a space, which belongs to the answer: ' Paul'")
+    for answer in answers:
+        if isinstance(answer, str) and answer[:1].isalpha():
+            alone, spaced = (tasks.after(tokenizer, text) for text in (answer, " " + answer))
+            if len(alone) == len(spaced) == 1 and alone != spaced:
+                raise ValueError(f"the answer {answer!r} has no space in front: did you mean {' ' + answer!r}?")
+
+
 def fields(line: bytes, tokenizer: Tokenizer | None) -> list[str | list[int]]:
     """The values of the FIELDS in one line of a file: texts, or lists of ids."""
     try:
@@ -72,9 +106,10 @@ def fields(line: bytes, tokenizer: Tokenizer | None) -> list[str | list[int]]:
         raise ValueError(f"must be a JSON object; got {record!r:.80}")
     values = []
     for ours, theirs in FIELDS.items():
-        if ours not in record and theirs not in record:
-            raise ValueError(f"no field {ours!r}" + (f" (or {theirs!r})" if theirs != ours else ""))
-        value = record.get(ours, record.get(theirs))
+        known = [name for name in (ours, *theirs) if name in record]
+        if not known:
+            raise ValueError(f"no field {ours!r} (or {', '.join(name for name in theirs if name != ours)})")
+        value = record[known[0]]
         if isinstance(value, str) and tokenizer is None:
             raise ValueError(f"{ours} is the text {value!r:.80}, which needs a tokenizer; without one, give token ids")
         if type(value) is int and "answer" in ours:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import SHORT_NAMES, Transformer, first_line
+from support.processes import say
 
 
 @dataclass
@@ -54,13 +55,17 @@ DICTIONARY_NODES = {"embed": "resid_pre", "attn_out": "attn_out", "mlp_out": "ml
 AE_PT = re.compile(r"/(embed|attn_out|mlp_out|resid_out)(?:_layer(\d+))?/[^/]+/ae\.pt$")
 
 # SAELens: what these fields of cfg.json may be if they are there. Anything else is another function of x.
+OFF = (None, False, "", {}, [], [None])
 SAELENS = {
-    "architecture": ("standard", "jumprelu"),
-    "activation_fn_str": ("relu",),
-    "activation_fn": ("relu",),
-    "normalize_activations": ("none",),
-    "finetuning_scaling_factor": (),
-    "hook_name_out": (),
+    "architecture": ("standard", "jumprelu", *OFF),
+    "activation_fn_str": ("relu", *OFF),
+    "activation_fn": ("relu", *OFF),
+    "normalize_activations": ("none", *OFF),
+    "finetuning_scaling_factor": OFF,
+    "hook_name_out": OFF,
+    "model_from_pretrained_kwargs": OFF,  # such as fold_ln: the activations were those of a changed model
+    "prepend_bos": (None, True),
+    "seqpos_slice": OFF,
 }
 HOOK = re.compile(r"blocks\.(\d+)\.(?:hook_(resid_pre|resid_mid|attn_out|mlp_out|resid_post)|attn\.hook_(z))")
 
@@ -93,7 +98,7 @@ def load_saes(
     or two of one node, a missing layer, another model's layer or width, and files that are damaged or of another kind.
     """
     files = files_of(SHORT_NAMES.get(source, str(source)))
-    saes, c = {}, model.config
+    saes, c, trained_on = {}, model.config, set()
     for (node, layer), file, cfg in find_saes(files):
         if nodes is not None and node not in nodes:
             continue
@@ -104,12 +109,15 @@ def load_saes(
             raise ValueError(f"{file} is a second SAE of {node} in layer {layer}: give a directory with one of each")
         d = c.n_heads * c.d_head if node == "z" else c.d_model
         saes[node, layer] = read_sae(file, files, cfg, d, dtype, device)
+        trained_on.add(cfg.get("model_name"))
     for node in nodes or ():
         for layer in range(1 if node == "resid_pre" else c.n_layers):
             if (node, layer) not in saes:
                 raise ValueError(f"{source} has no SAE of {node} in layer {layer}")
     if not saes:
         raise ValueError(f"{source} has no SAEs: ae.pt, cfg.json with sae_weights.safetensors, or params.npz")
+    for theirs in trained_on - {None}:
+        say(f"  {source} has SAEs of the model {theirs!r:.80}")
     return dict(sorted(saes.items(), key=lambda item: (item[0][1], model.nodes.index(item[0][0]))))
 
 
@@ -136,8 +144,9 @@ def find_saes(files: dict[str, Callable]) -> Iterator[tuple[tuple[str, int], str
 def read_sae(file: str, files: dict, cfg: dict, d: int, dtype: torch.dtype, device: str | torch.device) -> SAE:
     """One SAE. Its tensors are checked against each other and against the width d of its node."""
     for field, allowed in SAELENS.items():
-        if cfg.get(field) and cfg[field] not in allowed:
-            only = f", only {' and '.join(allowed)}" if allowed else ""
+        if cfg.get(field) not in allowed:
+            names = [name for name in allowed if isinstance(name, str) and name]
+            only = f", only {' and '.join(names)}" if names else ""
             raise ValueError(f"{file}: an SAE with {field} {cfg[field]!r} in its cfg.json is not supported{only}")
     theirs, ours, is_scope = read(file, files, PARSERS[Path(file).suffix]), {}, file.endswith(".npz")
     is_jump = is_scope or cfg.get("architecture") == "jumprelu" or "threshold" in theirs

@@ -25,12 +25,14 @@ WELL_KNOWN_BOS = ("<|begin_of_text|>", "<|endoftext|>", "<bos>", "<s>")
 MARK = "\U00010330"  # a Gothic letter: no token joins it to what follows
 
 
-def load_tokenizer(name: str) -> "ByteLevel | Library":
-    """The tokenizer of a model that from_pretrained knows by this name.
+def load_tokenizer(name: "str | object") -> "ByteLevel | Library | OfTransformers":
+    """The tokenizer of a model that from_pretrained knows by this name; or one of transformers, that is in memory.
 
     It has bos_id (of BOS, else of EOS, else None), n_vocab (1 + the largest id), encode, encode_after and decode.
     NoTokenizer if the checkpoint has none. ValueError if its file cannot be read.
     """
+    if not isinstance(name, str):
+        return OfTransformers(name)
     source = Path(SHORT_NAMES.get(name, name))
     if source.suffix in SPECS:
         file, (config, spec) = source.name, SPECS[source.suffix](name)
@@ -194,3 +196,19 @@ class Library:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+class OfTransformers:
+    """A tokenizer of transformers."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.n_vocab = tokenizer, len(tokenizer)
+        self.bos_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    encode_after = Library.encode_after
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)

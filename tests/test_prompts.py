@@ -18,6 +18,7 @@ from support.prompts import (
     split,
     tensors,
 )
+from support.tokenizer import load_tokenizer
 from tasks import Pair
 
 ROOT = Path(tasks.__file__).parent
@@ -123,7 +124,7 @@ def test_a_tokenizer_of_another_model_or_without_bos(write):
 def test_missing_fields(write, field):
     message = refused(write(LINE, {k: v for k, v in LINE.items() if k != field}), Words())
     assert f"line 2: no field '{field}'" in message
-    assert field == "patch_answer" or "(or '" in message
+    assert message.endswith(")") and "(or " in message
 
 
 @pytest.mark.parametrize("line, says", [
@@ -237,3 +238,44 @@ def test_groups_batches_tensors_and_arrays():
         "answers": [[8, 9], [8, 9]],
     }
     assert all(array.dtype == np.int64 for array in arrays.values())
+
+
+def test_an_array_and_a_table_are_read_as_lines_are(write, tmp_path):
+    """JSON arrays; and EAP-IG's CSV, whose answers are token ids."""
+    from_lines = read_pairs(write(LINE, THEIRS), Words())
+    array = tmp_path / "array.json"
+    array.write_text(" " + json.dumps([LINE, THEIRS]))
+    assert read_pairs(array, Words()) == from_lines
+    table = tmp_path / "table.csv"
+    table.write_text("\ufeffclean,corrupted,correct_idx,incorrect_idx,other\nThe cat,The cats,7,8,x\n")
+    (found,) = read_pairs(table, Words())
+    assert (found.original, found.patch, found.answers) == (from_lines[0].original, from_lines[0].patch, (7, 8))
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.json", "[{", "not JSON"),
+    ("a.json", "[1]", "line 1: must be a JSON object"),
+    ("a.csv", "clean,corrupted\nThe cat,The cats\n", "line 1: no field 'original_answer'"),
+    ("a.csv", "", "none of its 0 lines"),
+])  # fmt: skip
+def test_arrays_and_tables_that_are_none(name, content, says, tmp_path):
+    (tmp_path / name).write_text(content)
+    assert says in refused(tmp_path / name, Words())
+
+
+def test_a_bos_that_is_there_is_not_doubled():
+    tokenizer = load_tokenizer("toy-gpt2")
+    texts = "Then, Mary and", "Then, John and"
+    begun = ("<|endoftext|>" + text for text in texts)
+    assert tasks.pair(tokenizer, *begun, " Paul", " Anna") == tasks.pair(tokenizer, *texts, " Paul", " Anna")
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"original_answer": "Paul"}, "the answer 'Paul' has no space in front: did you mean ' Paul'?"),
+    ({"original": "The cat ", "patch": "The cats "}, "a prompt ends in a space, which belongs to the answer"),
+])  # fmt: skip
+def test_slips_with_spaces(changes, says, write):
+    tokenizer = load_tokenizer("toy-gpt2")
+    line = dict(original="Then, Mary and", patch="Then, John and", original_answer=" Paul", patch_answer=" Anna")
+    assert len(read_pairs(write(line), tokenizer)) == 1
+    assert says in refused(write(line | changes), tokenizer)

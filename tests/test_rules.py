@@ -305,3 +305,28 @@ def test_epsilon_rule_absorbs_relevance(checkpoint, tokens):
         relevance, value = relevance_by_layer(model, tokens, tokens[:, :2], Rules(True, True, True, True, epsilon=eps))
         losses.append((relevance[:, 0] - value).abs().max())
     assert losses[0] < 1e-5 < losses[1]
+
+
+class PlainQueries(Rules):
+    """The LN-rule, but not on the norms of queries and keys."""
+
+    qk = Rules()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "olmo2"])
+def test_norms_on_queries_and_keys_can_have_rules_of_their_own(name, checkpoint, tokens):
+    """Then the gradient is that of a model whose qk norms have no rule; logits stay."""
+    model = from_pretrained(str(checkpoint(name)[0])).requires_grad_(True)
+
+    def gradient(rules):
+        model.zero_grad()
+        logits = model(tokens, rules)
+        logits[:, -1, 3].sum().backward()
+        return logits, model.embed_tokens.weight.grad.clone()
+
+    (plain, by_all), (logits, found) = gradient(Rules(ln=True)), gradient(PlainQueries(ln=True))
+    assert torch.equal(plain, logits) and not torch.allclose(found, by_all, rtol=1e-3)
+    for block in model.blocks:  # by hand: these norms are called without rules
+        for norm in (block.attn.q_norm, block.attn.k_norm):
+            norm.forward = lambda x, p, norm=norm: type(norm).forward(norm, x, models.Pass(Rules()))
+    torch.testing.assert_close(gradient(Rules(ln=True))[1], found)

@@ -437,6 +437,9 @@ def test_code_in_a_file_is_not_run(model, gemma, tmp_path):
         ("activation_fn_str", "tanh-relu"),
         ("finetuning_scaling_factor", True),
         ("hook_name_out", "blocks.1.hook_mlp_out"),
+        ("model_from_pretrained_kwargs", {"fold_ln": True, "center_writing_weights": True}),
+        ("prepend_bos", False),
+        ("seqpos_slice", [1, None]),
     ],
 )
 def test_other_kinds_of_autoencoder(field, value, model, tmp_path):
@@ -453,3 +456,10 @@ def test_unplaced_saes(model, gemma, tmp_path):
     refused(tmp_path / "a", model, "cfg.json", "has no hook_name")
     write_scope(tmp_path / "b", "transcoders", 0, random_sae(0, jump=True))
     refused(tmp_path / "b", gemma, "b has no SAEs")
+
+
+def test_settings_that_change_nothing_are_read_and_the_model_is_named(model, tmp_path, capsys):
+    settings = {"model_from_pretrained_kwargs": {}, "prepend_bos": True, "seqpos_slice": [None]}
+    write_saelens(tmp_path, ("mlp_out", 0), random_sae(0), **settings)
+    assert [*load_saes(str(tmp_path), model)] == [("mlp_out", 0)]
+    assert f"{tmp_path} has SAEs of the model 'tiny'" in capsys.readouterr().out

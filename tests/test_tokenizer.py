@@ -464,3 +464,18 @@ def test_the_library_is_named_if_it_is_missing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="tokenizer.json cannot be read: .*tokenizers"):
         load_tokenizer(save(tmp_path, tokenizer=llama2_kind()))
     assert load_tokenizer(save(tmp_path, tokenizer=plain(), tokenizer_config={})).encode("a")
+
+
+def test_a_tokenizer_of_transformers(tmp_path):
+    """One that is in memory is taken where ours are, and adds no special tokens."""
+    import transformers
+
+    import tasks
+
+    ours = load_tokenizer("toy-gpt2")
+    folder = Path(tasks.__file__).parent / "toy" / "gpt2"
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token=END)
+    adapted = load_tokenizer(theirs)
+    assert adapted.bos_id == ours.bos_id and tasks.ioi(adapted, 12) == tasks.ioi(ours, 12)
+    ids = ours.encode("Then, Mary and John")
+    assert adapted.decode(ids) == ours.decode(ids) and adapted.encode_after(" Mary") == ours.encode_after(" Mary")
