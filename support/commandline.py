@@ -46,7 +46,7 @@ NODES = "resid_pre,attn_out,mlp_out"  # residual stream, attention outputs and M
 PAIR = ("original", "patch", "answers")
 EPILOG = (
     "Models that need no network: toy-gpt2, toy-neox, toy-qwen2, toy-gemma2, toy-qwen3; a real one, smollm2-135m-q4. "
-    "Methods: ap patches each node; atp has the gradient, relp the paper's rules, ig averaged gradients; best is .6 relp "
+    "Methods: ap patches each node; atp has the gradient, relp the paper's rules, ig mean gradients; best is .6 relp "
     "+ .4 twopoint; twopoint, gim, attnlrp, cp-lrp, atp*, eap-ig-5: see beyond/README.md; ln+ah has these rules."
 )
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
