@@ -101,8 +101,8 @@ def evaluate_nodes(name: str, o: argparse.Namespace) -> dict:
             maps = partial(figures.heatmaps, name, found.scores, methods, o.nodes, pairs, o.metric)
             save_figure(new / "heatmaps.png", maps)
             page = inspector.of_nodes(name, found.scores, methods, o.nodes, pairs, o.metric, found.values)
-            inspector.write(new / "inspect.html", page)
-    say(f"  written to {folder}/")
+            inspector.write(new / "inspect.html", page, summary)
+    inspector.finish(folder)
     return summary
 
 
@@ -168,7 +168,7 @@ def evaluate_circuits(name: str, o: argparse.Namespace) -> dict:
 
             curves = partial(figures.faithfulness, name, structures, labels, o.metric, o.seed)
             save_figure(new / "faithfulness.png", curves, dpi=110)
-    say(f"  written to {folder}/")
+    inspector.finish(folder)
     return summary
 
 

@@ -19,9 +19,9 @@ from models import Transformer
 from support import figures, inspector, resume, tables
 from support.commandline import common_parser, load, parse, run
 from support.positions import laid_over, overlay
-from support.processes import gathered, rank, say
+from support.processes import gathered, rank
 from support.prompts import tensors
-from support.results import folder_of, replacing, save, save_figure, save_json
+from support.results import folder_of, replacing, save, save_figure, save_json, versions
 from support.scoring import Method, by_batch, joined, score_pairs, two_runs
 from tasks import Pair
 
@@ -88,7 +88,8 @@ def summary_of(model: Transformer, pairs: list[Pair], scores: dict, exact: dict,
     passes = len(CHEAP) * (2 + 2)  # two runs forward; one backward, which costs two
     cheap = passes * sum(len(pair.original) for pair in pairs) * model.config.n_layers
     prices = {"ap_of_exact": price(exact, pairs), "cheap_methods": cheap, "ap_of_all": price(differ, pairs)}
-    return {"nodes": kinds, "flop": {what: flops * n for what, n in prices.items()}, "arguments": vars(o)}
+    flop = {what: flops * n for what, n in prices.items()}
+    return {"nodes": kinds, "flop": flop, "arguments": vars(o), "versions": versions()}
 
 
 def print_verified(summary: dict, scores: dict, exact: dict, pairs: list[Pair]) -> None:
@@ -136,8 +137,8 @@ def main(argv: list[str] | None = None) -> None:
             maps = partial(figures.heatmaps, name, scores, methods, o.nodes, pairs, o.metric, exact)
             save_figure(new / "heatmaps.png", maps)
             page = inspector.of_nodes(name, scores, methods, o.nodes, pairs, o.metric, values, exact)
-            inspector.write(new / "inspect.html", page)
-        say(f"  written to {folder}/")
+            inspector.write(new / "inspect.html", page, summary)
+        inspector.finish(folder)
 
 
 if __name__ == "__main__":

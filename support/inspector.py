@@ -8,13 +8,18 @@ by one. "No value" is kept apart from 0.
 
 import base64
 import json
+import sys
+import time
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
 import relp
 from support.positions import laid_over, legend, overlay
+from support.processes import say
 from support.results import save, without_nan
 from support.scoring import Method
 from support.tokenizer import NoTokenizer, load_tokenizer
@@ -72,16 +77,54 @@ class Shown:
     meanings: str
 
 
-def write(path: Path, shown: Shown) -> None:
+def write(path: Path, shown: Shown, summary: dict) -> None:
     """The page. ValueError if the file cannot be written."""
     template = TEMPLATE.read_text(encoding="utf-8")
-    save(path, lambda file: file.write(template.replace(HERE, embedded(shown)).encode()))
+    save(path, lambda file: file.write(template.replace(HERE, embedded(shown, summary)).encode()))
 
 
-def embedded(shown: Shown) -> str:
+def embedded(shown: Shown, summary: dict) -> str:
     """JSON that does no harm within an HTML script element: ASCII, without < > &."""
-    text = json.dumps(without_nan(asdict(shown)), separators=(",", ":"))
+    command = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d %H:%M")}
+    about = (
+        command | summary["versions"] | {k: str(x) for k, x in summary["arguments"].items() if x not in (None, False)}
+    )
+    text = json.dumps(without_nan(asdict(shown) | {"about": about}), separators=(",", ":"))
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
+
+
+def finish(folder: Path) -> None:
+    """Say where a run's files are, and list all runs beside it, the newest first, in index.html."""
+    rows = []
+    for file in sorted(folder.parent.glob("*/summary.json"), key=lambda file: -file.stat().st_mtime):
+        try:
+            summary = json.loads(file.read_text(encoding="utf-8"))
+            pcc = summary.get("agreement", {}).get("relp", {})
+            of_nodes = ", ".join(f"{node} {of['averaged'][0]:.3f}" for node, of in pcc.items())
+        except (ValueError, AttributeError, KeyError, TypeError):  # another program's, or a damaged one
+            continue
+        links = (f'<a href="{quote(path.parent.name)}/{path.name}">{path.name}</a>' for path in pages(file.parent))
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
+        cells = [escape(file.parent.name), str(summary.get("prompt_pairs", "")), of_nodes, date, " ".join(links)]
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+    heads = "".join(f"<th>{head}</th>" for head in ("run", "pairs", "PCC of RelP with AP", "date", "files"))
+    page = INDEX.format("\n".join(f"<tr>{row}</tr>" for row in (heads, *rows)))
+    save(folder.parent / "index.html", lambda file: file.write(page.encode()))
+    say(f"  written to {folder}/; {folder.parent}/index.html lists all runs")
+
+
+def pages(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.suffix in (".html", ".png")]
+
+
+INDEX = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Runs</title>
+<meta name="viewport" content="width=device-width"><style>
+:root {{ color-scheme: light dark; }} body {{ font: 16px/1.4 system-ui, sans-serif; margin: 1rem; }}
+td, th {{ padding: 0.2rem 0.8rem 0.2rem 0; text-align: left; vertical-align: top; }}
+</style><h1>Runs</h1><table>
+{}
+</table></html>
+"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ The browser is headless Chromium, driven through chromedriver by plain HTTP (the
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -48,6 +49,9 @@ class Words:
 
     def decode(self, ids):
         return "".join(self.words[i] for i in ids)
+
+
+SUMMARY = {"arguments": {"seed": 3, "corruption": "s2", "shard": False}, "versions": {"torch": "9.9"}}
 
 
 def made_up(pairs, nodes=NODES, n_layers=4, methods=METHODS, parts=None):
@@ -94,9 +98,8 @@ def pairs():
 
 def test_the_numbers_are_those_of_the_scores(pairs, tmp_path):
     scores, values = made_up(pairs)
-    inspector.write(
-        tmp_path / "inspect.html", inspector.of_nodes("toy-gpt2", scores, METHODS, NODES, pairs, "logit_diff", values)
-    )
+    shown = inspector.of_nodes("toy-gpt2", scores, METHODS, NODES, pairs, "logit_diff", values)
+    inspector.write(tmp_path / "inspect.html", shown, SUMMARY)
     assert (tmp_path / "inspect.html").stat().st_size <= 3e5
     text = (tmp_path / "inspect.html").read_text()
     assert "http" not in text.replace("http-equiv", "") and "innerHTML" not in text and "src=" not in text
@@ -162,7 +165,7 @@ def hostile_model(monkeypatch):
 
 
 def test_hostile_prompts_are_data(monkeypatch, tmp_path):
-    inspector.write(tmp_path / "inspect.html", hostile_model(monkeypatch))
+    inspector.write(tmp_path / "inspect.html", hostile_model(monkeypatch), SUMMARY)
     text = (tmp_path / "inspect.html").read_bytes()
     assert text.count(b"</script>") == 2 and text.count(b"<!--") == inspector.TEMPLATE.read_bytes().count(b"<!--")
     found = data_of(tmp_path / "inspect.html")
@@ -187,7 +190,7 @@ def test_the_command_writes_the_page(tmp_path):
 def test_a_page_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "inspect.html").mkdir()
     with pytest.raises(ValueError, match="cannot write"):
-        inspector.write(tmp_path / "inspect.html", hostile_model(monkeypatch))
+        inspector.write(tmp_path / "inspect.html", hostile_model(monkeypatch), SUMMARY)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,7 +318,7 @@ def nodes_page(pairs, tmp_path_factory):
     scores, values = made_up(pairs[:6], nodes, parts={"head": (4,)})
     shown = inspector.of_nodes("toy-gpt2", scores, METHODS, nodes, pairs[:6], "logit_diff", values)
     path = tmp_path_factory.mktemp("page") / "inspect.html"
-    inspector.write(path, shown)
+    inspector.write(path, shown, SUMMARY)
     return SimpleNamespace(path=path, scores=scores, pairs=pairs[:6], values=values)
 
 
@@ -470,7 +473,7 @@ def test_light_and_dark(browser, nodes_page):
 
 
 def test_hostile_prompts_in_a_browser(browser, monkeypatch, tmp_path):
-    inspector.write(tmp_path / "a #?%22 b.html", hostile_model(monkeypatch))
+    inspector.write(tmp_path / "a #?%22 b.html", hostile_model(monkeypatch), SUMMARY)
     browser.open(tmp_path / "a #?%22 b.html")
     for pair in (-1, 0, 1):
         browser.choose("#pair", pair)
@@ -486,7 +489,7 @@ def test_a_run_without_ap(browser, pairs, tmp_path):
     methods = METHODS[1:]
     scores, values = made_up(pairs[:3], methods=methods)
     shown = inspector.of_nodes("toy-gpt2", scores, methods, NODES, pairs[:3], "logit_diff", values)
-    inspector.write(tmp_path / "inspect.html", shown)
+    inspector.write(tmp_path / "inspect.html", shown, SUMMARY)
     browser.open(tmp_path / "inspect.html")
     browser.mouse(*browser.at("relp", 1, 3), click=True)
     means = laid_over(scores["relp", "resid_pre"], overlay(pairs[:3])[1])
@@ -496,3 +499,65 @@ def test_a_run_without_ap(browser, pairs, tmp_path):
     )
     assert browser.run("return document.querySelector('#scatter-panel').offsetHeight") == 0
     assert browser.faults() == ([], [])
+
+
+def test_the_address_shows_the_same_again(browser, nodes_page):
+    """A reload, or the link in another window: node, pair, cell and "Error"; an address of another page is let be."""
+    browser.open(nodes_page.path)
+    browser.choose("#kind", 1)
+    browser.choose("#pair", 3)
+    browser.mouse(*browser.at("relp", 2, 5), click=True)
+    browser.run("document.querySelector('#error').click()")
+    address, words = browser.run("return location.href"), browser.text("#where")
+    assert "node=attn_out" in address or "node=" in address
+    state = "return JSON.stringify([state.kind, state.pair, state.opened, state.error])"
+    before = browser.run(state)
+    browser.request("POST", "/url", {"url": "about:blank"})
+    browser.request("POST", "/url", {"url": address})
+    assert browser.run(state) == before and browser.text("#where") == words
+    for odd in ("node=none&pair=0&layer=0&position=0", "node=mlp_out&pair=99&layer=0&position=0", "x", "node=mlp_out"):
+        browser.request("POST", "/url", {"url": "about:blank"})
+        browser.request("POST", "/url", {"url": address.split("#")[0] + "#" + odd})
+        assert browser.run("return state.pair") == -1 and browser.faults() == ([], [])
+
+
+@pytest.mark.parametrize("size", [(800, 600), (390, 800)])
+def test_in_a_narrow_window_a_line_of_the_list_leads_to_its_cell(browser, nodes_page, size):
+    browser.request("POST", "/window/rect", {"width": size[0], "height": size[1]})
+    try:
+        browser.open(nodes_page.path)
+        browser.run("document.querySelector('#list tr.link button').click()")
+        inside = "const b = document.querySelector('.marker.here').getBoundingClientRect(); return [b.top, b.bottom]"
+        top, bottom = browser.run(inside)
+        assert 0 <= top < bottom <= size[1]
+        wide = "return document.documentElement.scrollWidth <= window.innerWidth + 1"
+        assert browser.run(wide)
+    finally:
+        browser.request("POST", "/window/rect", {"width": 1280, "height": 900})
+
+
+def test_where_the_page_comes_from_is_said(browser, nodes_page):
+    browser.open(nodes_page.path)
+    about = browser.run("return document.querySelector('#about').textContent")
+    assert "seed 3" in about and "corruption s2" in about and "torch 9.9" in about and "shard" not in about
+    assert browser.run("return document.querySelector('#where').getAttribute('aria-live')") == "polite"
+
+
+def test_the_list_of_runs(tmp_path, capsys):
+    """index.html has a line for each run, the newest first, with links; what is no run is passed over."""
+    for name, pcc in (("a", 0.25), ("b <i>", 0.75)):
+        folder = tmp_path / name
+        folder.mkdir()
+        agreement = {"relp": {"mlp_out": {"averaged": [pcc, 0, 1]}}}
+        (folder / "summary.json").write_text(json.dumps({"agreement": agreement, "prompt_pairs": 7}))
+        (folder / "inspect.html").touch()
+        os.utime(folder / "summary.json", (1000 + pcc * 1e6, 1000 + pcc * 1e6))
+    for name, text in (("c", "{"), ("d", "[1]"), ("e", '{"agreement": 3}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(text)
+    inspector.finish(tmp_path / "a")
+    page = (tmp_path / "index.html").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("<tr><td>")]
+    assert len(lines) == 2 and "mlp_out 0.750" in lines[0] and "mlp_out 0.250" in lines[1] and "<td>7</td>" in lines[0]
+    assert "b &lt;i&gt;" in lines[0] and 'href="b%20%3Ci%3E/inspect.html"' in lines[0] and "<i>" not in page
+    assert f"written to {tmp_path / 'a'}/; {tmp_path}/index.html lists all runs" in capsys.readouterr().out

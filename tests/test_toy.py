@@ -22,7 +22,6 @@ from support.saes import load_saes
 from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 TOYS = ["gpt2", "neox", "qwen2", "gemma2", "qwen3"]
 
