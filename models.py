@@ -600,7 +600,7 @@ def renamed(tensors: dict[str, Tensor], c: Config) -> dict[str, Tensor]:
     """The same tensors under our names; what is none of ours keeps its own."""
     names, result = FAMILIES[c.family][1], {}
     for theirs, x in tensors.items():
-        module, _, kind = re.sub(r"^((transformer|gpt_neox|model|language_model)\.)+", "", theirs).rpartition(".")
+        module, _, kind = re.sub(r"^((transformer|gpt_neox|model|language_model|_orig_mod)\.)+", "", theirs).rpartition(".")
         in_layer = re.fullmatch(r"(?:h|layers)\.(\d+)(\..+)", module)
         layer, module = in_layer.groups() if in_layer else (None, module)
         if module in names:

@@ -277,6 +277,16 @@ def test_unequal_lengths_shared_keys_and_a_file_to_judge_by(command, checkpoint,
     np.testing.assert_allclose(same.arrays["relp"], found.arrays["relp"][:2], atol=1e-5)
 
 
+def test_best_is_a_mean_of_edges_by_both(command, checkpoint, tmp_path):
+    folder, _ = checkpoint("qwen2")
+    file = jsonl(tmp_path / "few.jsonl", *rows(3))
+    run = command("--model", folder, "--prompts", file, "--methods", "relp,twopoint,best", "--no-plot", "--no-bos")
+    of_relp, two, best = (run.arrays[m] for m in ("relp", "twopoint", "best"))
+    np.testing.assert_allclose(best, 0.6 * of_relp + 0.4 * two, atol=1e-5, equal_nan=True)
+    passes = {m: (cost["forward"], cost["backward"]) for m, cost in run.summary["cost"].items()}
+    assert passes == {"relp": (2, 1), "twopoint": (2, 1), "best": (4, 2)}
+
+
 def test_verify(command):
     """Exact patching of the K edges with the largest mean scores, and of no others."""
     given = ["--pairs", 3, "--held-out", 3, "--methods", "ap,atp,relp", "--verify", 5, "--no-plot"]

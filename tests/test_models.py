@@ -398,3 +398,11 @@ for toy in ("gpt2", "neox", "gemma2"):
 assert ("torch._dynamo" in sys.modules) == before
 """
     subprocess.run([sys.executable, "-c", code], cwd=Path(relp.__file__).parent, check=True)
+
+
+def test_a_compiled_model_is_the_model(checkpoint, tokens):
+    """torch.compile puts _orig_mod in front of every name."""
+    _, theirs = checkpoint("llama")
+    tensors = {f"_orig_mod.{name}": x for name, x in theirs.state_dict().items()}
+    found = models.filled(models.Config.from_hf(theirs.config.to_dict()), tensors, torch.float32, "cpu")
+    assert torch.equal(found(tokens), models.from_transformers(theirs)(tokens))

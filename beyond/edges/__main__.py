@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from beyond import twopoint
 from beyond.edges import figure, files, tables
 from beyond.edges.circuits import ranking
 from beyond.edges.graph import Graph, ungrouped
@@ -151,6 +152,8 @@ def score_edges(
     """
     there, found = Graph.of(model.config).edges, {}
     cost = {m.name: {"forward": (m.steps or 0) + 2, "backward": m.steps or 1, "seconds": 0.0} for m in methods}
+    if "best" in cost:
+        cost["best"] |= {"forward": 4, "backward": 2}
     if AP in methods:
         cost["ap"] |= {"forward": 0, "backward": 0}
     bar = tqdm(total=len(pairs) * len(methods), leave=False, disable=None, delay=2, bar_format=BAR)
@@ -166,7 +169,7 @@ def score_edges(
                 scores, runs = patch_edges(model, original, patch, targets, o.metric, only=only, rows=rows)
                 cost["ap"]["forward"] += runs / len(pairs)
             else:
-                scores = attribute_edges(model, original, patch, targets, o.metric, m.lrp, m.steps)
+                scores = scores_by(m, model, original, patch, targets, o.metric)
             result[m.name] = scores[:, there]
             cost[m.name]["seconds"] += time.perf_counter() - began
             bar.update(len(numbers))
@@ -179,6 +182,14 @@ def score_edges(
                 whole = found.setdefault(what, torch.empty(len(pairs), *of_batch.shape[1:], dtype=of_batch.dtype))
                 whole[numbers] = of_batch.cpu()
     return found, cost
+
+
+def scores_by(m: Method, *inputs, by_position: bool = False) -> Tensor:
+    """attribute_edges() by one method."""
+    if m.name == "best":
+        both = (attribute_edges(*inputs, lrp, None, by_position) for lrp in (True, twopoint.TwoPoint()))
+        return twopoint.mixed(*both)
+    return attribute_edges(*inputs, m.lrp, m.steps, by_position)
 
 
 def pairs_at_once(model: Transformer, pairs: list[Pair]) -> int:
@@ -195,7 +206,7 @@ def describe(model: Transformer, pairs: list[Pair], kept: Tensor, means: Tensor,
     def score(numbers: list[int], _: int) -> Tensor:
         original, patch, answers = tensors([pairs[i] for i in numbers], o.device)
         targets = two_runs(model, original, patch, answers, o.metric)["targets"]
-        by_position = attribute_edges(model, original, patch, targets, o.metric, m.lrp, m.steps, by_position=True)
+        by_position = scores_by(m, model, original, patch, targets, o.metric, by_position=True)
         return by_position[:, :, kept].cpu()
 
     for numbers, of_batch in by_batch(model, pairs, score, o.batch_size, pairs_at_once(model, pairs)):
