@@ -593,6 +593,7 @@ FAMILIES = {  # model_type in config.json: (how it is read, names)
 }
 BLOCKS, TIDY = {}, {}  # {family: a subclass of Block, or what is done to its tensors first}, where they differ
 READERS = {}  # {the end of a file's name: a function like read_checkpoint()}: support/gguf.py has one
+PREFIX = re.compile(r"^((transformer|gpt_neox|model|language_model|_orig_mod)\.)+")  # of the whole model's names
 NOT_OURS = re.compile(r"\batt(n|ention)\.(masked_)?bias$|rotary_emb\.inv_freq$")  # buffers of old checkpoints
 
 
@@ -600,7 +601,7 @@ def renamed(tensors: dict[str, Tensor], c: Config) -> dict[str, Tensor]:
     """The same tensors under our names; what is none of ours keeps its own."""
     names, result = FAMILIES[c.family][1], {}
     for theirs, x in tensors.items():
-        module, _, kind = re.sub(r"^((transformer|gpt_neox|model|language_model|_orig_mod)\.)+", "", theirs).rpartition(".")
+        module, _, kind = PREFIX.sub("", theirs).rpartition(".")
         in_layer = re.fullmatch(r"(?:h|layers)\.(\d+)(\..+)", module)
         layer, module = in_layer.groups() if in_layer else (None, module)
         if module in names:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import relp
 import support.families  # noqa: F401
-from models import SHORT_NAMES, Config, Pass, Rules, Transformer, from_pretrained
+from models import SHORT_NAMES, Config, Pass, Rules, Transformer, filled, from_pretrained, from_transformers
 from toy.checkpoint import to_checkpoint
 
 
@@ -404,5 +404,5 @@ def test_a_compiled_model_is_the_model(checkpoint, tokens):
     """torch.compile puts _orig_mod in front of every name."""
     _, theirs = checkpoint("llama")
     tensors = {f"_orig_mod.{name}": x for name, x in theirs.state_dict().items()}
-    found = models.filled(models.Config.from_hf(theirs.config.to_dict()), tensors, torch.float32, "cpu")
-    assert torch.equal(found(tokens), models.from_transformers(theirs)(tokens))
+    found = filled(Config.from_hf(theirs.config.to_dict()), tensors, torch.float32, "cpu")
+    assert torch.equal(found(tokens), from_transformers(theirs)(tokens))
