@@ -14,7 +14,7 @@ from models import first_line
 from support.figures import COLORS
 
 FOLDER = "COURSE_PICTURES"  # the environment variable with the folder into which the script writes its pictures
-OTHERS = ("#e08a1e", "#2a9d5c", "#7b3fa0", "#5f6368")  # told apart in grey and by the colour-blind
+OTHERS = ("#c26a00", "#1f8a4c", "#7b3fa0", "#5f6368")  # told apart in grey and by the colour-blind
 shown = 0
 
 
@@ -42,7 +42,7 @@ def check(answer, is_right: Callable, right: str, hint: str) -> None:
     try:
         verdict = bool(is_right(answer))
     except Exception as error:  # whatever a student's answer may raise
-        verdict, hint = False, f"{hint} (With your answer: {first_line(error)})"
+        verdict, hint = False, f"{hint} (Your answer is {answer!r:.60}, a {type(answer).__name__}: {first_line(error)})"
     print(f"Right. {right}" if verdict else f"Wrong. {hint}")
 
 

