@@ -73,13 +73,13 @@ def lines_of(path: Path) -> list[bytes]:
         table = csv.DictReader(io.StringIO(content.decode("utf-8-sig", errors="replace")))
         ids = ("correct_idx", "incorrect_idx")
         rows = [{k: int(v) if k in ids and v.isdecimal() else v for k, v in row.items() if k and v} for row in table]
-    elif content.lstrip().startswith(b"["):
+    else:
         try:
             rows = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not JSON: {first_line(error)}") from None
-    else:
-        return content.splitlines()  # bytes: str.splitlines also splits at U+2028
+        except (ValueError, RecursionError):
+            rows = None
+        if not isinstance(rows, list):
+            return content.splitlines()  # bytes: str.splitlines also splits at U+2028
     return [json.dumps(row).encode() for row in rows]
 
 

@@ -99,7 +99,7 @@ def test_arguments(arguments, words, tiny, refused):
     ([{**IDS, "original": [5] * 41, "patch": [6] * 41}], ["41", "40"]),  # the context
     (["[" * 200_000], ["line 1", "not JSON"]),
     (['{"original": "' + "x" * 10**6 + '"}'], ["line 1", "patch"]),
-    ([{**TEXT, "clean_prefix": "x " * 10**5}], ["line 1", "equally many", "200000 tokens"]),
+    ([{**TEXT, "clean_prefix": "x " * 10**5 + "x"}], ["line 1", "equally many", "200001 tokens"]),
 ], ids=label)  # fmt: skip
 def test_prompt_files(rows, words, tiny, refused, tmp_path):
     message = refused("--model", tiny["gpt2"], "--prompts", jsonl(tmp_path / "bad.jsonl", *rows))
