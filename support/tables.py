@@ -84,10 +84,22 @@ class Strongest(NamedTuple):
     score: float
 
 
-def top(scores: dict, labels: list[str], k: int = 10) -> list[Strongest]:
+class Top(list):
+    """Strongest nodes, which print as a table."""
+
+    def __repr__(self) -> str:
+        rows = []
+        for node, layer, pos, label, part, score in self:
+            name = node if part is None else f"{node} {part}"
+            rows.append(f"{name:14} layer {layer:<3} position {pos:<3} {visible(label.strip()):12} {score:+9.3f}")
+        return "\n".join(rows)
+
+
+def top(scores: dict, labels: list[str], k: int = 10) -> Top:
     """The k nodes with the largest scores in size, of prompts of one length, {node: [batch, layer, pos, ...]}."""
     check_labels(scores, labels)
-    return strongest({node: x.detach().double().mean(0).cpu().numpy() for node, x in scores.items()}, labels, k)
+    means = {node: x.detach().double().mean(0).cpu().numpy() for node, x in scores.items()}
+    return Top(strongest(means, labels, k))
 
 
 def check_labels(scores: dict, labels: list[str]) -> None:

@@ -208,6 +208,8 @@ def test_the_top_are_the_largest_in_size_with_layer_token_and_part():
     found = tables.top(scores, ["BOS", " a", " b"], k=3)
     assert found == [("head", 0, 1, " a", 3, -2.5), ("resid_pre", 1, 2, " b", None, 2.0), ("head", 1, 0, "BOS", 0, 1.0)]
     assert found[0].layer == 0 and found[0].label == " a"
+    assert repr(found).splitlines()[1].split() == ["resid_pre", "layer", "1", "position", "2", "b", "+2.000"]
+    assert repr(found).startswith("head 3 ") and str(found) == repr(found)
     assert len(tables.top(scores, ["BOS", " a", " b"], 100)) == 6 + 24
     with pytest.raises(ValueError, match="2 labelled positions"):
         tables.top(scores, ["BOS", " a"])
