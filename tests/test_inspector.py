@@ -536,6 +536,25 @@ def test_in_a_narrow_window_a_line_of_the_list_leads_to_its_cell(browser, nodes_
         browser.request("POST", "/window/rect", {"width": 1280, "height": 900})
 
 
+def test_scores_and_maps_can_be_saved(browser, nodes_page):
+    """As CSV, of the pair that is shown; and as PNG."""
+    browser.open(nodes_page.path)
+    browser.choose("#kind", 2)
+    browser.choose("#pair", 2)
+    head, *lines = browser.run("return asCsv()").splitlines()
+    assert head == "layer,position,label,ap,atp,relp"
+    pair, scores = nodes_page.pairs[2], of_kind(nodes_page, NODES[2], 2)
+    assert len(lines) == 4 * len(pair.original)
+    found = np.array([[float(x) for x in line.rsplit(",", 3)[1:]] for line in lines])
+    wanted = np.stack([scores[m][:, : len(pair.original)].ravel() for m in ("ap", "atp", "relp")], axis=1)
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+    browser.run("window.saved = []; download = (name, href) => saved.push([name, href.slice(0, 22)])")
+    browser.run("for (const b of document.querySelectorAll('figcaption button, #csv')) b.click()")
+    names = dict(browser.run("return saved"))
+    assert names.keys() == {*(f"{NODES[2]}-{m}.png" for m in ("ap", "atp", "relp")), f"{NODES[2]}.csv"}
+    assert names[f"{NODES[2]}-ap.png"].startswith("data:image/png;base64,")
+
+
 def test_where_the_page_comes_from_is_said(browser, nodes_page):
     browser.open(nodes_page.path)
     about = browser.run("return document.querySelector('#about').textContent")
