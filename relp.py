@@ -60,12 +60,18 @@ Key = tuple[str, int]  # of an activation: (name of the node, layer)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics: logits [batch, vocab] at the last position and targets, one row per prompt -> [batch]. For the first three
-# metrics the targets are token ids [batch, 2]: the original's answer, the patch's answer.
+# metrics the targets are token ids [batch, 2]: the original's answer, the patch's answer. Or two sets of answers,
+# [batch, 2, n], padded with -1: what counts is the mean of each set.
 
 
 def logit_diff(logits: Tensor, targets: Tensor) -> Tensor:
     """Logit of the original's answer minus logit of the patch's answer."""
-    of_original, of_patch = logits.gather(-1, targets).unbind(-1)
+    if targets.ndim == 2:
+        of_original, of_patch = logits.gather(-1, targets).unbind(-1)
+        return of_original - of_patch
+    there = targets >= 0
+    each = logits.gather(-1, targets.clamp(min=0).flatten(1)).view(targets.shape)
+    of_original, of_patch = (each.where(there, 0).sum(-1) / there.sum(-1)).unbind(-1)
     return of_original - of_patch
 
 
@@ -100,7 +106,8 @@ def read_out(model, stream: Tensor, targets: Tensor, metric=logit_diff, lrp=Fals
     metric = METRICS[metric] if isinstance(metric, str) else metric
     columns = None
     if metric is logit_diff:  # it needs the answers' logits only, not those of the whole vocabulary
-        columns, targets = targets.unique(return_inverse=True)
+        columns, numbers = targets.clamp(min=0).unique(return_inverse=True)
+        targets = numbers.where(targets >= 0, -1)
     logits = model.unembed(stream[:, -1], lrp, columns)
     value = metric(logits, targets)
     if value.shape != logits.shape[:1]:

@@ -197,8 +197,7 @@ def load(name: str, o: argparse.Namespace) -> tuple[models.Transformer, list[tas
     """The model, and its IOI pairs or those of --prompts; says so."""
     model = load_model(name, o)
     if getattr(o, "original", None):
-        prompts.check_answers(tokenizer := load_tokenizer(name), o.original, o.patch, *o.answers)
-        pairs = [tasks.pair(tokenizer, o.original, o.patch, *o.answers, not o.no_bos)]
+        pairs = [prompts.pair_of(load_tokenizer(name), o.original, o.patch, *o.answers, not o.no_bos)]
     else:
         pairs = prompt_pairs(name, model, o, o.pairs, o.prompts)
     c, s = model.config, "s" * (len(pairs) > 1)

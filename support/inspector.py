@@ -10,7 +10,7 @@ import base64
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -163,7 +163,8 @@ def strongest_parts(scores: dict[str, np.ndarray]) -> dict:
 
 
 def prompts_shown(pairs: list[Pair], tokenizer, at: np.ndarray, values: np.ndarray | None) -> tuple[list, list]:
-    """Tokens, and examples that are numbers of these: see Shown."""
+    """Tokens, and examples that are numbers of these: see Shown. Of a set of answers the first is shown."""
+    pairs = [replace(pair, answers=tuple(x[0] if isinstance(x, tuple) else x for x in pair.answers)) for pair in pairs]
     ids = dict.fromkeys(i for pair in pairs for i in (*pair.original, *pair.patch, *pair.answers))
     number = {token: i for i, token in enumerate(ids)}
     examples = [

@@ -5,6 +5,7 @@ import io
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def read_pairs(
     """Prompt pairs from a file: JSON lines as in feature-circuits, a JSON array, or a CSV table as in EAP-IG.
 
     A line is an object with the FIELDS, under any name; other fields and blank lines are skipped. A prompt is a text
-    or a list of token ids; an answer is a text, one id, or a list of one id. A text needs `tokenizer` and, with `bos`,
-    begins with its BOS. Ids are used as they are.
+    or a list of token ids; an answer is a text, an id, or a list of these, a set whose mean counts. A text needs
+    `tokenizer` and, with `bos`, begins with its BOS. Ids are used as they are.
     n_vocab: the size of the model's vocabulary, if ids are to be checked against it.
     skip_unaligned: leave out what is no pair only in this tokenizer (see tasks.Unaligned), instead of refusing it.
     A pair's group is "length N", where N counts the BOS. Its roles are the original's tokens.
@@ -51,10 +52,8 @@ def read_pairs(
         if not line.strip():
             continue
         try:
-            values = fields(line, tokenizer)
-            check_answers(tokenizer, *values)
-            pair = tasks.pair(tokenizer, *values, bos)
-            largest = max(*pair.original, *pair.patch, *pair.answers)
+            pair = pair_of(tokenizer, *fields(line, tokenizer), bos)
+            largest = max(*pair.original, *pair.patch, int(answers_of([pair]).max()))
             if n_vocab is not None and largest >= n_vocab:
                 raise ValueError(f"token id {largest} is too large; the model's vocabulary ends at {n_vocab - 1}")
             pairs.append(pair)
@@ -64,6 +63,17 @@ def read_pairs(
     if not pairs:
         raise ValueError(f"{path}: none of its {len(lines)} lines is a prompt pair in this tokenizer")
     return pairs
+
+
+def pair_of(tokenizer: Tokenizer | None, original, patch, original_answer, patch_answer, bos: bool = True) -> Pair:
+    """As tasks.pair(), but an answer can be a list of answers; in the pair it is then a tuple of ids."""
+    answers = original_answer, patch_answer
+    sets = [[x] if isinstance(x, str) else [[i] if type(i) is int else i for i in x] for x in answers]
+    check_answers(tokenizer, original, patch, *sets[0], *sets[1])
+    of = [[tasks.pair(tokenizer, original, patch, a, b, bos) for b in sets[1]] for a in sets[0]]
+    if len(sets[0]) == len(sets[1]) == 1:
+        return of[0][0]
+    return replace(of[0][0], answers=(tuple(row[0].answers[0] for row in of), tuple(p.answers[1] for p in of[0])))
 
 
 def lines_of(path: Path) -> list[bytes]:
@@ -115,7 +125,10 @@ def fields(line: bytes, tokenizer: Tokenizer | None) -> list[str | list[int]]:
         if type(value) is int and "answer" in ours:
             value = [value]
         is_ids = isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)  # a bool is no id
-        if not value or not (is_ids or isinstance(value, str)):
+        is_set = "answer" in ours and isinstance(value, list) and all(isinstance(i, str) and i for i in value)
+        if is_set and tokenizer is None:
+            raise ValueError(f"{ours} has texts, which need a tokenizer; without one, give token ids")
+        if not value or not (is_ids or is_set or isinstance(value, str)):
             raise ValueError(f"{ours} must be a text or token ids, integers of 0 or more; got {value!r:.80}")
         values.append(value)
     return values
@@ -172,9 +185,17 @@ def split(pairs: list[Pair], n: int, n_held_out: int, seed: int = 0) -> tuple[li
 
 
 def tensors(pairs: list[Pair], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """original [batch, pos], patch [batch, pos] and answers [batch, 2] of pairs of one length."""
-    parts = ([getattr(pair, part) for pair in pairs] for part in ("original", "patch", "answers"))
-    return tuple(torch.tensor(part, device=device) for part in parts)
+    """original [batch, pos], patch [batch, pos] and answers_of() of pairs of one length."""
+    prompts = (torch.tensor([getattr(pair, part) for pair in pairs], device=device) for part in ("original", "patch"))
+    return *prompts, answers_of(pairs).to(device)
+
+
+def answers_of(pairs: list[Pair]) -> Tensor:
+    """[n, 2]; if some are sets of answers [n, 2, the largest set's size], padded with -1."""
+    rows = [[x if isinstance(x, tuple) else (x,) for x in pair.answers] for pair in pairs]
+    size = max(len(x) for row in rows for x in row)
+    padded = torch.tensor([[[*x, *[-1] * (size - len(x))] for x in row] for row in rows])
+    return padded.squeeze(-1) if size == 1 else padded
 
 
 def batches(pairs: list[Pair], size: int) -> Iterator[list[int]]:
@@ -196,5 +217,5 @@ def prompt_arrays(pairs: list[Pair]) -> dict[str, np.ndarray]:
         "lengths": np.array([len(pair.original) for pair in pairs]),
         "original_tokens": padded([pair.original for pair in pairs]),
         "patch_tokens": padded([pair.patch for pair in pairs]),
-        "answers": np.array([pair.answers for pair in pairs]),
+        "answers": answers_of(pairs).numpy(),
     }

@@ -279,3 +279,26 @@ def test_slips_with_spaces(changes, says, write):
     line = dict(original="Then, Mary and", patch="Then, John and", original_answer=" Paul", patch_answer=" Anna")
     assert len(read_pairs(write(line), tokenizer)) == 1
     assert says in refused(write(line | changes), tokenizer)
+
+
+def test_sets_of_answers(write):
+    """Lists of texts, or of ids; padded in a batch with single answers."""
+    tokenizer = load_tokenizer("toy-gpt2")
+    line = dict(
+        original="Then, Mary and", patch="Then, John and", original_answer=[" Paul", " Kate"], patch_answer=" Anna"
+    )
+    paul, kate, anna = (tokenizer.encode(word)[0] for word in (" Paul", " Kate", " Anna"))
+    found, single = read_pairs(write(line, line | {"original_answer": " Paul"}), tokenizer)
+    assert found.answers == ((paul, kate), (anna,)) and single.answers == (paul, anna)
+    assert tensors([found, single])[2].tolist() == [[[paul, kate], [anna, -1]], [[paul, -1], [anna, -1]]]
+    assert prompt_arrays([found])["answers"].tolist() == [[[paul, kate], [anna, -1]]]
+    ids = IDS | {"original_answer": [8, 10]}
+    assert read_pairs(write(ids))[0].answers == ((8, 10), (9,))
+    for changes, says in (
+        ({"original_answer": [" Paul", " Anna"]}, "must differ"),
+        ({"original_answer": [" Paul", "Kate"]}, "did you mean ' Kate'?"),
+        ({"original_answer": [" Paul", 3]}, "must be a text or token ids"),
+        ({"original_answer": [" Paul", " Kate Kate"]}, "must be one token"),
+    ):
+        assert says in refused(write(line | changes), tokenizer)
+    assert "need a tokenizer" in refused(write(ids | {"original_answer": [" a", " b"]}))

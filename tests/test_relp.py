@@ -1,6 +1,7 @@
 """AP by its definition and AtP by finite differences, on our models and on some written here; what is refused."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -576,3 +577,21 @@ def test_of_no_nodes_there_are_no_scores(checkpoint, pair):
     model = from_pretrained(str(checkpoint("gpt2")[0]))
     assert all(function(model, *pair, []) == {} for function in SCORES_OF_NODES)
     assert all(function(model, *pair, {}) == {} for function in (relp.attribute_features, resume.patch_features))
+
+
+def test_sets_of_answers(checkpoint, pair):
+    """Padded with -1, the mean of each set; AP, RelP and resumed AP with them are means of those of single answers."""
+    model = from_pretrained(str(checkpoint("gpt2")[0]))
+    original, patch, targets = pair
+    logits = model(original)[:, -1]
+    sets = torch.tensor([[[3, 5, -1], [7, -1, -1]]] * len(original))
+    expected = (logits[:, 3] + logits[:, 5]) / 2 - logits[:, 7]
+    torch.testing.assert_close(relp.logit_diff(logits, sets), expected)
+    p = logits.softmax(-1)
+    torch.testing.assert_close(relp.prob_diff(logits, sets), (p[:, 3] + p[:, 5]) / 2 - p[:, 7])
+    assert torch.equal(relp.logit_diff(logits, targets[:, :, None]), relp.logit_diff(logits, targets))
+    single = [torch.tensor([[a, 7]] * len(original)) for a in (3, 5)]
+    for function in (resume.activation_patching, relp.activation_patching, partial(relp.attribute, lrp=True)):
+        of_set = function(model, original, patch, sets, ["mlp_out"])["mlp_out"]
+        of_each = [function(model, original, patch, one, ["mlp_out"])["mlp_out"] for one in single]
+        torch.testing.assert_close(of_set, sum(of_each) / 2, atol=1e-5, rtol=1e-4)
