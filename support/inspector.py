@@ -110,7 +110,7 @@ def finish(folder: Path) -> None:
     heads = "".join(f"<th>{head}</th>" for head in ("run", "pairs", "PCC of RelP with AP", "date", "files"))
     page = INDEX.format("\n".join(f"<tr>{row}</tr>" for row in (heads, *rows)))
     save(folder.parent / "index.html", lambda file: file.write(page.encode()))
-    say(f"  written to {folder}/; {folder.parent}/index.html lists all runs")
+    say(f"  written to {folder}/\n  all runs: {folder.parent}/index.html")
 
 
 def pages(folder: Path) -> list[Path]:

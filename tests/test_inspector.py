@@ -579,4 +579,4 @@ def test_the_list_of_runs(tmp_path, capsys):
     lines = [line for line in page.splitlines() if line.startswith("<tr><td>")]
     assert len(lines) == 2 and "mlp_out 0.750" in lines[0] and "mlp_out 0.250" in lines[1] and "<td>7</td>" in lines[0]
     assert "b &lt;i&gt;" in lines[0] and 'href="b%20%3Ci%3E/inspect.html"' in lines[0] and "<i>" not in page
-    assert f"written to {tmp_path / 'a'}/; {tmp_path}/index.html lists all runs" in capsys.readouterr().out
+    assert f"written to {tmp_path / 'a'}/\n  all runs: {tmp_path}/index.html" in capsys.readouterr().out

@@ -131,7 +131,7 @@ def test_each_source_of_prompts_has_a_folder_of_its_own(tiny, run, tmp_path):
     for name in ("ioi", "mine"):
         assert run(*arguments, "--prompts", jsonl(tmp_path / f"{name}.jsonl", row))[0] == 0
     names = {"gpt2-ioi", "gpt2-ioi-ioi", "gpt2-ioi-mine"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == names
     assert [written(tmp_path / "out" / name)[0]["prompt_pairs"] for name in sorted(names)] == [3, 1, 1]
 
 
