@@ -166,7 +166,7 @@ def evaluate_circuits(name: str, o: argparse.Namespace) -> dict:
         if not o.no_plot:
             from support import figures
 
-            curves = partial(figures.faithfulness, name, structures, labels, o.metric, o.seed)
+            curves = partial(figures.faithfulness, name, structures, labels, o.metric, o.seed, summary)
             save_figure(new / "faithfulness.png", curves, dpi=110)
     inspector.finish(folder)
     return summary

@@ -213,41 +213,49 @@ def correlations(of_models: dict[str, dict], methods: list, nodes: list[str]) ->
 
 
 def faithfulness(
-    title: str, structures: dict[str, Structure], labels: dict[str, str], metric: str, seed: int
+    title: str, structures: dict[str, Structure], labels: dict[str, str], metric: str, seed: int, summary: dict
 ) -> Figure:
-    """Figure 3: a column for each kind of circuit; faint lines are structures, bold ones their mean with its 95 % band.
+    """Figure 3: faithfulness and completeness by size for the first kind of circuit, and RelP's lead for all kinds.
 
-    labels: {method: label}.
+    Faint lines are structures, bold ones their mean with its 95 % band. The lead is the difference of the means over
+    sizes. labels: {method: label}. summary: see circuits.summarise.
     """
     weights = {name: resamples_of_prompts(s.held_out, seed) for name, s in structures.items()}
-    figure = Figure(figsize=(12.5, 6))
-    places = {"left": 0.06, "right": 0.87, "bottom": 0.09, "top": 0.88, "wspace": 0.08, "hspace": 0.1}
-    variants = [VARIANTS[name] for name in next(iter(structures.values())).runs]
-    axes = figure.subplots(len(MEASURES), len(variants), sharex="col", sharey=True, gridspec_kw=places)
-    for row, measure in zip(axes, MEASURES):
-        row[0].set_ylabel(measure)
-        for ax, variant in zip(row, next(iter(structures.values())).runs):
-            for method in next(iter(structures.values())).runs[variant]:
-                color, curves = COLORS.get(method), []
-                sizes = {name: s.runs[variant][method].sizes for name, s in structures.items()}
-                ends = max(min(n) for n in sizes.values()), min(max(n) for n in sizes.values())
-                grid = np.geomspace(max(1, ends[0]), max(2, ends[1]), 40)
-                for name, s in structures.items():
-                    values = curve(s, variant, method, measure, weights[name])
-                    ax.plot(np.maximum(sizes[name], 0.7), values[:, 0], color=color, alpha=0.25, linewidth=0.8)
-                    curves.append(at_sizes(values, sizes[name], grid))
-                mean = torch.stack(curves).mean(0)
-                low, high = mean[:, 1:].quantile(torch.tensor([0.025, 0.975], dtype=mean.dtype), dim=1)
-                ax.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
-                ax.plot(grid, mean[:, 0], color=color, linewidth=2, label=labels[method])
-            ax.set_xscale("log")
-            ax.xaxis.set_major_formatter("{x:g}")
-            ax.axhline(1 if measure == "faithfulness" else 0, color="black", linewidth=0.5, linestyle=":")
-            ax.set_ylim(-0.25, 1.15)
-    for ax, variant in zip(axes[0], variants):
-        ax.set_title(variant.label, fontsize=10)
-    for ax in axes[1]:
-        ax.set_xlabel("units in the circuit")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center right")
+    runs = next(iter(structures.values())).runs
+    figure = Figure(figsize=(13.2, 4.2))
+    first, n = next(iter(runs)), len(MEASURES)
+    for panel, measure in enumerate(MEASURES):
+        ax = place(figure, 0.6 + 4.1 * panel, 0.95, 3.7, 2.6)
+        for method in runs[first]:
+            color, curves = COLORS.get(method), []
+            sizes = {name: s.runs[first][method].sizes for name, s in structures.items()}
+            ends = max(min(n) for n in sizes.values()), min(max(n) for n in sizes.values())
+            grid = np.geomspace(max(1, ends[0]), max(2, ends[1]), 40)
+            for name, s in structures.items():
+                values = curve(s, first, method, measure, weights[name])
+                ax.plot(np.maximum(sizes[name], 0.7), values[:, 0], color=color, alpha=0.25, linewidth=0.8)
+                curves.append(at_sizes(values, sizes[name], grid))
+            mean = torch.stack(curves).mean(0)
+            low, high = mean[:, 1:].quantile(torch.tensor([0.025, 0.975], dtype=mean.dtype), dim=1)
+            ax.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
+            ax.plot(grid, mean[:, 0], color=color, linewidth=2, label=labels[method])
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.axhline(1 if measure == "faithfulness" else 0, color="black", linewidth=0.5, linestyle=":")
+        ax.set_ylim(-0.25, 1.15)
+        ax.set_title(f"{measure}: {VARIANTS[first].label}", fontsize=9)
+        ax.set_xlabel("units in the circuit", fontsize=8)
+    figure.legend(*ax.get_legend_handles_labels(), loc="lower left", ncols=6, fontsize=8)
+    leads = [(variant, pair, of) for variant, pairs in summary["differences"].items() for pair, of in pairs.items()]
+    ax = place(figure, 2.15 + 4.1 * n, 0.95, 2.7, 2.6)
+    for y, (_, pair, of) in enumerate(leads):
+        value, low, high = of["faithfulness"]
+        ends = np.maximum(0, [[value - low], [high - value]])
+        ax.errorbar(value, -y, xerr=ends, fmt="o", markersize=4, color=COLORS.get(pair.removeprefix("relp - ")))
+    names = [f"{VARIANTS[v].label}: {cut(labels[pair.removeprefix('relp - ')], 14)}" for v, pair, _ in leads]
+    ax.set_yticks([-y for y in range(len(leads))], names, fontsize=7)
+    ax.axvline(0, color="black", linewidth=0.6)
+    ax.set_title("mean faithfulness, RelP minus", fontsize=9)
+    ax.tick_params(axis="x", labelsize=8)
     headline(figure, lines(f"{title}: circuits on held-out pairs, {metric}; bold: mean of the structures", 12))
     return figure

@@ -408,22 +408,32 @@ def test_tables_with_long_names_are_not_wide(structures, capsys):
 
 
 def test_faithfulness_figure(structures):
-    figure = figures.faithfulness("toy", structures, LABELS, "logit_diff", 0)
-    axes = np.array(figure.axes).reshape(2, 4)
-    assert [ax.get_title() for ax in axes[0]] == [variant.label for variant in circuits.VARIANTS.values()]
-    for row, measure in zip(axes, circuits.MEASURES):
-        for ax, variant in zip(row, circuits.VARIANTS):
-            faint = iter([line for line in ax.lines if line.get_alpha() == 0.25])
-            bold = iter([line for line in ax.lines if line.get_linewidth() == 2])
-            for method in METHODS:
-                each = []
-                for s in structures.values():
-                    values = circuits.curve(s, variant, method, measure, torch.ones(1, 12, dtype=torch.float64))
-                    assert next(faint).get_ydata() == pytest.approx(values[:, 0].numpy())
-                    each.append((values, s.runs[variant][method].sizes))
-                line = next(bold)
-                mean = np.mean([circuits.at_sizes(*of, line.get_xdata())[:, 0].numpy() for of in each], axis=0)
-                assert line.get_ydata() == pytest.approx(mean) and line.get_color() == figures.COLORS[method]
+    summary = circuits.summarise(structures, 0)
+    figure = figures.faithfulness("toy", structures, LABELS, "logit_diff", 0, summary)
+    *panels, leads = figure.axes
+    variant = next(iter(circuits.VARIANTS))
+    for ax, measure in zip(panels, circuits.MEASURES, strict=True):
+        assert ax.get_title() == f"{measure}: {circuits.VARIANTS[variant].label}"
+        faint = iter([line for line in ax.lines if line.get_alpha() == 0.25])
+        bold = iter([line for line in ax.lines if line.get_linewidth() == 2])
+        for method in METHODS:
+            each = []
+            for s in structures.values():
+                values = circuits.curve(s, variant, method, measure, torch.ones(1, 12, dtype=torch.float64))
+                assert next(faint).get_ydata() == pytest.approx(values[:, 0].numpy())
+                each.append((values, s.runs[variant][method].sizes))
+            line = next(bold)
+            mean = np.mean([circuits.at_sizes(*of, line.get_xdata())[:, 0].numpy() for of in each], axis=0)
+            assert line.get_ydata() == pytest.approx(mean) and line.get_color() == figures.COLORS[method]
+    shown = [
+        (name.get_text(), box.lines[0].get_xdata()[0]) for name, box in zip(leads.get_yticklabels(), leads.containers)
+    ]
+    wanted = [
+        (f"{circuits.VARIANTS[v].label}: {LABELS[other]}", of["faithfulness"].value)
+        for v, pairs in summary["differences"].items()
+        for other, of in ((pair.removeprefix("relp - "), of) for pair, of in pairs.items())
+    ]
+    assert shown == [(name, pytest.approx(value)) for name, value in wanted] and len(shown) == 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
