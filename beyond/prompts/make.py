@@ -2,7 +2,7 @@
 
     agreement    one noun's number, in the four structures of tasks.sva         "The lawyer near the doctors" is / are
     facts        one country                            "The capital of France is the city of" Paris / Rome
-    exchange     two countries, exchanged               "Tom lives in Italy, but Anna lives in France. ..."
+    exchange     two countries, exchanged               "My friend lives in Italy, but I live in France. ..."
     pronouns     one noun                               "My mother was late because" she / he
     greater      one digit, or two                      "The war lasted from the year 1773 to the year 17" 9 / 3
     names        two names exchanged at three places, one other name, or three other names; IOI in other words
@@ -124,10 +124,9 @@ def aligned(lines: Iterator[Line], tokenizer) -> list[Line]:
     return list(kept)
 
 
-def main(argv: list[str] | None = None) -> None:
-    o = parse(common_parser("python -m beyond.prompts.make", __doc__.splitlines()[0]), argv)
-    tokenizer = load_tokenizer(o.model[0])
-    tasks_made = {
+def every_task(tokenizer, seed: int = 0) -> dict[str, list[Line]]:
+    """{name of the file: its pairs}"""
+    made = {
         "facts": facts,
         "exchange": exchange,
         "pronouns": pronouns,
@@ -136,11 +135,18 @@ def main(argv: list[str] | None = None) -> None:
         "names-other": partial(names, 1, 2),  # the one that is said once is another
         "names-all": partial(names, 3, 2),  # both are others
     }
-    found = {name: make(rng=random.Random(o.seed)) for name, make in tasks_made.items()}
-    for name, lines in {"agreement": agreement(tokenizer), **found}.items():
-        lines = aligned(iter(lines), tokenizer)
+    lines = {
+        "agreement": iter(agreement(tokenizer)),
+        **{name: make(rng=random.Random(seed)) for name, make in made.items()},
+    }
+    return {name: aligned(of_task, tokenizer) for name, of_task in lines.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    o = parse(common_parser("python -m beyond.prompts.make", __doc__.splitlines()[0]), argv)
+    keys = ("original", "patch", "original_answer", "patch_answer")
+    for name, lines in every_task(load_tokenizer(o.model[0]), o.seed).items():
         path = Path(__file__).with_name(f"{name}.jsonl")
-        keys = ("original", "patch", "original_answer", "patch_answer")
         path.write_text("".join(json.dumps(dict(zip(keys, line))) + "\n" for line in lines))
         say(f"  {path.name}: {len(lines)} pairs")
 
