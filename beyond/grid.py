@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in o.model:
         model, pairs = load(name, o)
         found = grid(name, model, pairs, o.nodes, o.seed, metric=o.metric, batch_size=o.batch_size, out=o.out)
-        folder = folder_of(o.out, name, "ioi", o.prompts)
+        folder = folder_of(o.out, name, "ioi", "pair" if o.original else o.prompts)
         save_json(folder / "grid.json", found)
         print_grid(found, o.nodes)
         say(f"  written to {folder}/")

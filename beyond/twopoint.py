@@ -168,7 +168,7 @@ def attribute(model, original, patch, targets, nodes, metric=relp.logit_diff) ->
 def best(model, original, patch, targets, nodes, metric=relp.logit_diff) -> dict[str, Tensor]:
     """The method `best`: a weighted mean of RelP's and two-point's scores, at the price of both.
 
-    Each is far off where the other is not: README.md in this folder has the table. Arguments as in relp.attribute().
+    Where one is far off, the other often is not: see README.md in this folder. Arguments as in relp.attribute().
     """
     of_relp = relp.attribute(model, original, patch, targets, nodes, metric, lrp=True)
     two_point = attribute(model, original, patch, targets, nodes, metric)

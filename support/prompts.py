@@ -66,23 +66,30 @@ def read_pairs(
 
 
 def pair_of(tokenizer: Tokenizer | None, original, patch, original_answer, patch_answer, bos: bool = True) -> Pair:
-    """As tasks.pair(), but an answer can be a list of answers; in the pair it is then a tuple of ids."""
-    answers = original_answer, patch_answer
-    sets = [[x] if isinstance(x, str) else [[i] if type(i) is int else i for i in x] for x in answers]
-    check_answers(tokenizer, original, patch, *sets[0], *sets[1])
-    of = [[tasks.pair(tokenizer, original, patch, a, b, bos) for b in sets[1]] for a in sets[0]]
-    if len(sets[0]) == len(sets[1]) == 1:
-        return of[0][0]
-    return replace(of[0][0], answers=(tuple(row[0].answers[0] for row in of), tuple(p.answers[1] for p in of[0])))
+    """As tasks.pair(), but an answer can be a list of texts or of ids; in the pair it is then a tuple of ids."""
+    firsts, seconds = as_set(original_answer), as_set(patch_answer)
+    check_answers(tokenizer, original, patch, *firsts, *seconds)
+    grid = [[tasks.pair(tokenizer, original, patch, a, b, bos) for b in seconds] for a in firsts]
+    if len(firsts) == len(seconds) == 1:
+        return grid[0][0]
+    answers = tuple(row[0].answers[0] for row in grid), tuple(pair.answers[1] for pair in grid[0])
+    return replace(grid[0][0], answers=answers)
+
+
+def as_set(answer: str | int | list) -> list:
+    """Texts, or ids as tasks.pair() takes them."""
+    answers = answer if isinstance(answer, list) else [answer]
+    return [[x] if type(x) is int else x for x in answers]
 
 
 def lines_of(path: Path) -> list[bytes]:
-    """The lines of a file of JSON lines; those that it would have for what is in a JSON array, or a CSV table."""
+    """The lines of a file of JSON lines. A JSON array or a CSV table is turned into such lines: one for each row."""
     content = path.read_bytes()
     if path.suffix == ".csv":
         table = csv.DictReader(io.StringIO(content.decode("utf-8-sig", errors="replace")))
-        ids = ("correct_idx", "incorrect_idx")
-        rows = [{k: int(v) if k in ids and v.isdecimal() else v for k, v in row.items() if k and v} for row in table]
+        rows = [{name: x for name, x in row.items() if name and x} for row in table]
+        for row in rows:
+            row |= {name: int(row[name]) for name in ("correct_idx", "incorrect_idx") if row.get(name, "").isdecimal()}
     else:
         try:
             rows = json.loads(content)

@@ -110,7 +110,7 @@ def check_labels(scores: dict, labels: list[str]) -> None:
 
 
 def strongest(means: dict[str, np.ndarray], labels: list[str], k: int) -> list[Strongest]:
-    """The same of mean scores {node: [layer, pos, ...]}."""
+    """The k largest of mean scores {node: [layer, pos, ...]}."""
     found = []
     for node, values in means.items():
         for index in np.argsort(-abs(values), axis=None, kind="stable")[:k]:
@@ -121,7 +121,7 @@ def strongest(means: dict[str, np.ndarray], labels: list[str], k: int) -> list[S
 
 
 def peaks(means: dict[str, np.ndarray], labels: list[str], k: int) -> list[Strongest]:
-    """The same, but of each node, position and part only the layer where it is strongest."""
+    """The k largest, but of each node, position and part only the layer where it is strongest."""
     found = {}
     for one in strongest(means, labels, sum(x.size for x in means.values())):
         found.setdefault((one.node, one.position, one.part), one)
@@ -176,6 +176,7 @@ def print_strongest(scores: dict, methods: list, nodes: list[str], pairs: list[P
     by = "ap" if "ap" in {m.name for m in methods} else main_method([m.name for m in methods])
     maps = {key: laid_over(x, at) for key, x in scores.items()}
     if len(pairs) == 1:
+        print("  below each word: the largest effect there")
         print_prompt(pairs[0], strongest_at_positions({node: maps[by, node] for node in nodes}))
     rows = [(f"strongest, by {next(m.label for m in methods if m.name == by)}", [f" {cut(m.label)}" for m in methods])]
     for node, layer, pos, label, part, _ in peaks({node: maps[by, node] for node in nodes}, labels, 10):
@@ -199,10 +200,11 @@ def print_prompt(pair: Pair, effects: np.ndarray) -> None:
     """The original prompt, the effects below its words; in a terminal also in colour: blue negative, red positive."""
     words = [visible(role) for role in pair.roles]
     numbers = [f"{x:+.2f}" if x else "" for x in effects]
-    widths, largest, start = [max(map(len, both)) for both in zip(words, numbers)], np.abs(effects).max() or 1, 0
+    widths = [max(map(len, both)) for both in zip(words, numbers)]
+    largest, start = np.abs(effects).max() or 1, 0
     while start < len(words):
         end = start + 1
-        while end < len(words) and sum(widths[start : end + 1]) + end + 2 - start <= WIDTH:
+        while end < len(words) and 2 + sum(widths[start : end + 1]) + end - start <= WIDTH:
             end += 1
         shown = range(start, end)
         colours = [colour(effects[j] / largest) if sys.stdout.isatty() else ("", "") for j in shown]

@@ -9,6 +9,7 @@ from torch import Tensor
 import relp
 
 
+@torch.enable_grad()
 def try_out(model, original: Tensor, patch: Tensor, targets: Tensor, nodes, metric=relp.logit_diff, lrp=False) -> None:
     """Tries the first prompt. Arguments as in relp.attribute(). ValueError if something is wrong."""
     first, other, of_first = original[:1], patch[:1], targets[:1]
@@ -22,7 +23,7 @@ def try_out(model, original: Tensor, patch: Tensor, targets: Tensor, nodes, metr
     if lrp:
         try_rules(model, first, of_first, nodes, metric, lrp, value.detach(), rho)
     if hasattr(model, "block") and {"resid_pre", "k", "v"} <= {*model.nodes}:
-        try_block(model, first, other, stream.detach())
+        try_block(model, first, stream.detach())
 
 
 @torch.no_grad()
@@ -47,14 +48,12 @@ def try_rules(model, tokens: Tensor, targets: Tensor, nodes, metric, lrp, value:
 
 
 @torch.no_grad()
-def try_block(model, original: Tensor, patch: Tensor, final: Tensor) -> None:
-    """The embedding of one position is edited: the run that is resumed there must end as the whole run does."""
+def try_block(model, original: Tensor, final: Tensor) -> None:
+    """The embedding in the middle is edited: the run that is resumed there must end as the whole run does."""
     _, acts = relp.record(model, original, {"resid_pre", "head_k", "head_v"})
-    _, patch_acts = relp.record(model, patch, {"resid_pre"})
-    differ = (acts["resid_pre", 0] != patch_acts["resid_pre", 0]).flatten(2).any(-1)[0].nonzero().flatten().tolist()
-    pos = differ[0] if differ else 0
+    pos = original.shape[1] // 2
     x = acts["resid_pre", 0].squeeze(2)[:, pos:].clone()
-    x[:, 0] = patch_acts["resid_pre", 0].squeeze(2)[:, pos]
+    x[:, 0] = x[:, 0].flip(-1)
 
     def write(name, layer, y):
         if layer == 0:
@@ -68,8 +67,10 @@ def try_block(model, original: Tensor, patch: Tensor, final: Tensor) -> None:
     write.nodes, join.nodes = {"resid_pre"}, {"k", "v"}
     whole, run = model.stream(original, hook=write), x
     for layer in range(model.config.n_layers):
+        last = model.block(layer, run, hook=join, start=pos, last=True)
         run = model.block(layer, run, hook=join, start=pos)
-    if not (close(whole[:, :pos], final[:, :pos]) and close(run, whole[:, pos:])):
+    same = close(whole[:, :pos], final[:, :pos]) and close(run, whole[:, pos:]) and close(last, whole[:, -1:])
+    if not same:
         raise ValueError(
             "block() does not resume an edited run: use relp.activation_patching, which runs the whole model"
         )
@@ -77,4 +78,5 @@ def try_block(model, original: Tensor, patch: Tensor, final: Tensor) -> None:
 
 def close(x: Tensor, y: Tensor) -> bool:
     """Equal but for rounding."""
-    return not y.numel() or bool((x - y).abs().max() <= torch.finfo(y.dtype).eps ** 0.5 * y.abs().max().clamp(min=1))
+    rounding = torch.finfo(y.dtype).eps ** 0.5
+    return x.shape == y.shape and (not y.numel() or bool((x - y).abs().max() <= rounding * y.abs().max().clamp(min=1)))

@@ -29,7 +29,8 @@ PROMPTS = (
 def test_the_example():
     """RelP differs from AtP, predicts AP, and resumed runs are those of Eq. 1; its docstring runs."""
     model = OwnModel()
-    try_out(model, *PROMPTS, NODES, lrp=True)
+    with torch.no_grad():
+        try_out(model, *PROMPTS, NODES, lrp=True)
     truth = relp.activation_patching(model, *PROMPTS, [*NODES, "z", "k", "v"])
     resumed = resume.activation_patching(model, *PROMPTS, [*NODES, "z", "k", "v"])
     for node, x in truth.items():
@@ -111,7 +112,22 @@ class Forgetful(OwnModel):
         return super().block(layer, x, lrp, short if start else hook, start, last)
 
 
-@pytest.mark.parametrize("kind", [BothWays, Forgetful])
+class First(OwnModel):
+    """It takes the first position for the last one."""
+
+    def block(self, layer, x, lrp=False, hook=None, start=0, last=False):
+        y = super().block(layer, x, lrp, hook, start)
+        return y[:, :1] if last else y
+
+
+class Deaf(OwnModel):
+    """It ignores start and the hook where it is resumed."""
+
+    def block(self, layer, x, lrp=False, hook=None, start=0, last=False):
+        return super().block(layer, x, lrp, None if start else hook, 0, last)
+
+
+@pytest.mark.parametrize("kind", [BothWays, Forgetful, First, Deaf])
 def test_a_block_that_does_not_resume(kind):
     with pytest.raises(ValueError, match=r"block\(\) does not resume an edited run: use relp.activation_patching"):
         try_out(kind(), *PROMPTS, NODES)

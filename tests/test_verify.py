@@ -71,7 +71,7 @@ def test_verify(verified, monkeypatch):
         assert of["exact"] == exact[node].sum() and of["cells"] == (np.nan_to_num(cheap["atp"][node]) != 0).sum()
         assert of["largest_effect"] == pytest.approx(np.abs(truth[node][exact[node]]).max(), rel=1e-4)
         assert of["largest_estimate_left"] == pytest.approx(np.nanmax(np.abs(estimate[~exact[node]])), rel=1e-4)
-    assert "AP of all cells" in out and "largest estimate left" in out
+    assert "AP of all cells costs" in out and "largest estimate left" in out
     # the lines are the strongest of the mean maps: each has the number of its cell
     lines = out[out.index("the strongest") :].splitlines()[1:11]
     sizes = [abs(float(line.split()[-4])) for line in lines]

@@ -1,29 +1,27 @@
-"""Prompt pairs of six more tasks, as files of JSON lines beside this one. What differs between the two prompts:
+"""More prompt pairs, as files of JSON lines beside this one. What differs between the two prompts:
 
     agreement    one noun's number, in the four structures of tasks.sva         "The lawyer near the doctors" is / are
     facts        one country                            "The capital of France is the city of" Paris / Rome
     exchange     two countries, exchanged               "My friend lives in Italy, but I live in France. ..."
     pronouns     one noun                               "My mother was late because" she / he
     greater      one digit, or two                      "The war lasted from the year 1773 to the year 17" 9 / 3
-    names        two names exchanged at three places, one other name, or three other names; IOI in other words
+    names-...    two names exchanged at three places, one other name, or two other names; IOI in other words
 
-python -m beyond.prompts.make --model smollm2-135m-q4
+python -m beyond.prompts.make
 
-writes those pairs that have equally many tokens and answers of one token in the model's tokenizer. The model itself is
+writes those pairs that have equally many tokens and answers of one token in SmolLM2's tokenizer. The model itself is
 not run: no pair is chosen by what a model or a method makes of it.
 """
 
 import json
 import random
-import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import permutations, product
 from pathlib import Path
 
+import support.gguf  # noqa: F401 (SmolLM2)
 import tasks
-from support.commandline import common_parser, parse, run
-from support.processes import say
 from support.tokenizer import load_tokenizer
 
 N = 48  # pairs of a task
@@ -68,7 +66,7 @@ def pronouns(rng: random.Random) -> Iterator[Line]:
 
 
 def greater(rng: random.Random) -> Iterator[Line]:
-    """The end's decade must be later than the begin's. The answers lie on both sides of the later decade."""
+    """The war ends after it began. Decades: late in the original, early in the patch prompt. Answers: high and low."""
     for i in range(10**6):
         event, century = rng.choice(EVENTS), rng.choice((16, 17, 18))
         early, late, low, high = rng.choice((0, 1)), rng.choice((6, 7)), rng.choice((2, 3, 4)), rng.choice((8, 9))
@@ -82,7 +80,10 @@ def greater(rng: random.Random) -> Iterator[Line]:
 
 
 def names(twice: int, once: int, rng: random.Random) -> Iterator[Line]:
-    """The name that is said once is right. twice, once: which of four names the patch prompt has there, not 1 and 0."""
+    """The name that is said once is right: the original says name 1 twice, and name 0 once.
+
+    twice, once  which of the four names the patch prompt has at these places
+    """
     for scene in scenes(rng):
         four = rng.sample(NAMES, 4)
         prompts = (scene.format(twice=four[i], once=four[j]) for i, j in ((1, 0), (twice, once)))
@@ -124,7 +125,7 @@ def aligned(lines: Iterator[Line], tokenizer) -> list[Line]:
     return list(kept)
 
 
-def every_task(tokenizer, seed: int = 0) -> dict[str, list[Line]]:
+def every_task(tokenizer) -> dict[str, list[Line]]:
     """{name of the file: its pairs}"""
     made = {
         "facts": facts,
@@ -137,19 +138,17 @@ def every_task(tokenizer, seed: int = 0) -> dict[str, list[Line]]:
     }
     lines = {
         "agreement": iter(agreement(tokenizer)),
-        **{name: make(rng=random.Random(seed)) for name, make in made.items()},
+        **{name: make(rng=random.Random(0)) for name, make in made.items()},
     }
     return {name: aligned(of_task, tokenizer) for name, of_task in lines.items()}
 
 
-def main(argv: list[str] | None = None) -> None:
-    o = parse(common_parser("python -m beyond.prompts.make", __doc__.splitlines()[0]), argv)
+def main() -> None:
     keys = ("original", "patch", "original_answer", "patch_answer")
-    for name, lines in every_task(load_tokenizer(o.model[0]), o.seed).items():
+    for name, lines in every_task(load_tokenizer("smollm2-135m-q4")).items():
         path = Path(__file__).with_name(f"{name}.jsonl")
         path.write_text("".join(json.dumps(dict(zip(keys, line))) + "\n" for line in lines))
-        say(f"  {path.name}: {len(lines)} pairs")
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    main()
