@@ -32,7 +32,7 @@ def method(name: str, family: str, rules: str = "paper", steps: int = 10) -> Met
             rules, rho = twopoint.TwoPoint(), twopoint.activations_and_rho
             return Method(name, "two-point", rules, attribute=twopoint.attribute, rho=rho)
         case "best":
-            return Method(name, ".6 RelP + .4 two-point", attribute=twopoint.best)
+            return Method(name, "best", attribute=twopoint.best)
         case "gim" | "attnlrp" | "cp-lrp":
             label, rules_of = RIVALS[name]
             return Method(name, label, rules_of(family))
