@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from beyond import twopoint
 from beyond.edges import figure, files, tables
