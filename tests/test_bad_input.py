@@ -88,7 +88,7 @@ def test_arguments(arguments, words, tiny, refused):
     ([{**IDS, "patch": [5, 9]}], ["line 1", "equally many", "4 tokens", "2 tokens"]),
     ([{**TEXT, "patch_prefix": "Then Mary went to"}], ["line 1", "equally many", "' to'"]),
     ([{**TEXT, "clean_answer": "has"}], ["line 1", "original_answer", "one token", "3 tokens"]),
-    ([{**IDS, "patch_answer": [1, 2]}], ["line 1", "patch_answer", "2 tokens"]),
+    ([{**IDS, "patch_answer": [1, 2]}], ["line 1", "must differ"]),
     ([{**IDS, "original": [5, 6, 7, 100000]}], ["line 1", "100000", "ends at 321"]),
     ([{**IDS, "patch_answer": -1}], ["line 1", "patch_answer", "-1"]),
     ([{**IDS, "original": [5, 6, 7, 1.5]}], ["line 1", "1.5"]),
