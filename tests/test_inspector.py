@@ -536,6 +536,18 @@ def test_in_a_narrow_window_a_line_of_the_list_leads_to_its_cell(browser, nodes_
         browser.request("POST", "/window/rect", {"width": 1280, "height": 900})
 
 
+def test_each_token_has_the_colour_of_its_largest_score(browser, nodes_page):
+    browser.open(nodes_page.path)
+    browser.choose("#pair", 2)
+    truth, n = of_kind(nodes_page, NODES[0], 2)["ap"], len(nodes_page.pairs[2].original)
+    wanted = [truth[np.abs(truth[:, pos]).argmax(), pos] for pos in range(n)]
+    found = browser.run("return view.columns.map((_, column) => strongestIn(column))")
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+    shadows = browser.run("return [...document.querySelectorAll('.position')].map((x) => x.style.boxShadow)")
+    colours = browser.run("return view.columns.map((_, column) => color(strongestIn(column) / view.scale))")
+    assert len(shadows) == n and all(c.replace(",", ", ") in s for c, s in zip(colours, shadows)), (shadows, colours)
+
+
 def test_scores_and_maps_can_be_saved(browser, nodes_page):
     """As CSV, of the pair that is shown; and as PNG."""
     browser.open(nodes_page.path)
