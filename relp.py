@@ -69,7 +69,7 @@ def logit_diff(logits: Tensor, targets: Tensor) -> Tensor:
     if targets.ndim == 2:
         of_original, of_patch = logits.gather(-1, targets).unbind(-1)
         return of_original - of_patch
-    there = targets >= 0
+    there = targets >= 0  # of sets of answers
     each = logits.gather(-1, targets.clamp(min=0).flatten(1)).view(targets.shape)
     of_original, of_patch = (each.where(there, 0).sum(-1) / there.sum(-1)).unbind(-1)
     return of_original - of_patch
