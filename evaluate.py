@@ -59,6 +59,7 @@ def evaluate_nodes(name: str, o: argparse.Namespace) -> dict:
     """The experiment on one model: what summary.json holds."""
     # the model, its prompt pairs, and the scores of all methods
     model, pairs = load(name, o)
+    folder = results.folder_of(o.out, name, o.task, "pair" if o.original else o.prompts)
     methods = [method(m, model.config.family, o.rules, o.steps) for m in o.methods]
     found = scoring.score_pairs(name, model, pairs, methods, o.nodes, o.metric, o.batch_size, o.out, o.shard)
 
@@ -91,7 +92,6 @@ def evaluate_nodes(name: str, o: argparse.Namespace) -> dict:
         tables.print_strongest(found.scores, methods, o.nodes, pairs)
     arrays = {f"{m}_{node}": scores for (m, node), scores in found.scores.items()}
     arrays |= {"values": found.values, **prompts.prompt_arrays(pairs)}
-    folder = results.folder_of(o.out, name, o.task, "pair" if o.original else o.prompts)
     with results.replacing(folder, "heatmaps.png", "inspect.html") as new:
         save(new / "scores.npz", lambda file: np.savez_compressed(file, **arrays))
         save_json(new / "summary.json", summary)
@@ -137,6 +137,7 @@ def evaluate_circuits(name: str, o: argparse.Namespace) -> dict:
     """The experiment on one model: circuits found on discovery pairs, and judged on held-out pairs."""
     # the model, its units, and the prompt pairs of each structure
     model, tokenizer = load_model(name, o), load_tokenizer(name)
+    folder = results.folder_of(o.out, name, o.task, o.prompts)
     source = o.saes or SAES.get(name)
     units = load_units(name, source, model, o.nodes)
     pairs = circuit_pairs(tokenizer, model, o)
@@ -158,7 +159,6 @@ def evaluate_circuits(name: str, o: argparse.Namespace) -> dict:
     summary = {"model": name, "task": o.task, "saes": source, **circuits.summarise(structures, o.seed)}
     summary |= {"arguments": vars(o), "versions": results.versions()}
     tables.print_circuits(summary, methods)
-    folder = results.folder_of(o.out, name, o.task, o.prompts)
     with results.replacing(folder, "circuit-*.json", "*.png") as new:
         for structure, s in structures.items():
             save_json(new / f"circuit-{structure}.json", circuits.circuit_json(structure, s))

@@ -129,13 +129,13 @@ def main(argv: list[str] | None = None) -> None:
     o = parse(parser, argv)
     for name in o.model:
         model, pairs = load(name, o)
+        folder = folder_of(o.out, name, "verified", "pair" if o.original else o.prompts)
         scores, exact, values = verify(name, model, pairs, o)
         if rank() > 0:
             continue
         summary = summary_of(model, pairs, scores, exact, o)
         print_verified(summary, scores, exact, pairs)
         arrays = {f"{m}_{node}": x for (m, node), x in scores.items()} | {f"exact_{n}": x for n, x in exact.items()}
-        folder = folder_of(o.out, name, "verified", "pair" if o.original else o.prompts)
         with replacing(folder) as new:
             save(new / "scores.npz", partial(np.savez_compressed, **arrays))
             save_json(new / "summary.json", summary)

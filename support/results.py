@@ -1,5 +1,6 @@
 """The files of a run: where they go, how they are written, and the store of AP's scores."""
 
+import fcntl
 import hashlib
 import io
 import json
@@ -21,8 +22,11 @@ from torch import Tensor
 import models
 import relp
 from support import experts, families, resume
-from support.processes import gathered, say
+from support.processes import gathered, rank, say
 from tasks import Pair
+
+
+LOCKS = {}  # {a folder of results: its open file}, of this process
 
 
 def slug(name: str) -> str:
@@ -31,10 +35,20 @@ def slug(name: str) -> str:
 
 
 def folder_of(out: str, model: str, task: str, prompts: str | None = None) -> Path:
-    """The folder of a model's results, <model>-<task>, or with a file of prompts <model>-<task>-<file>. It is made."""
+    """The folder of a model's results, <model>-<task>, or with a file of prompts <model>-<task>-<file>. It is made.
+
+    It is this process's until that ends. ValueError if another run has it.
+    """
     name = "-".join([slug(model), task, *([slug(Path(prompts).stem)] if prompts else [])])
     folder = Path(out) / name
     folder.mkdir(parents=True, exist_ok=True)
+    if rank() == 0 and folder.resolve() not in LOCKS:
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another run is writing to {folder}: wait for its end, or give another --out") from None
+        LOCKS[folder.resolve()] = opened
     return folder
 
 

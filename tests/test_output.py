@@ -180,3 +180,32 @@ def test_a_terminal_without_our_letters(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, "--out", tmp_path / "übung"], capture_output=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr and b"\\xfcbung" in done.stdout
+
+
+def test_two_runs_into_one_folder(tiny, run, tmp_path):
+    """The second one is refused before its work; when the first has ended, it is not. Other folders are free."""
+    out = tmp_path / "out"
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from support.results import folder_of
+folder_of({str(out)!r}, "gpt2", "ioi")
+print("held", flush=True)
+time.sleep(100)
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        arguments = ["--model", tiny["gpt2"], "--pairs", 2, "--no-plot"]
+        code, printed, err = run(*arguments)
+        assert code == 2 and err == [
+            f"evaluate.py: error: another run is writing to {out / 'gpt2-ioi'}: wait for its end, or give another --out"
+        ]
+        assert not (out / "ap").exists() and "PCC" not in printed
+        row = {"original": [5, 6, 7, 8], "patch": [5, 9, 7, 8], "original_answer": 1, "patch_answer": 2}
+        assert run(*arguments, "--prompts", jsonl(tmp_path / "mine.jsonl", row))[0] == 0
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    assert run(*arguments)[0] == 0 and run(*arguments)[0] == 0
