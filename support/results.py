@@ -25,7 +25,6 @@ from support import experts, families, resume
 from support.processes import gathered, rank, say
 from tasks import Pair
 
-
 LOCKS = {}  # {a folder of results: its open file}, of this process
 
 
