@@ -317,5 +317,5 @@ def test_the_prompts_of_more_tasks_are_what_their_script_makes():
         assert len(pairs) == len(set(pairs)) == 48
         differ[name] = {sum(x != y for x, y in zip(pair.original, pair.patch)) for pair in pairs}
     one = {name for name, counts in differ.items() if counts == {1}}
-    assert one == {"agreement", "facts", "pronouns", "names-other"}
+    assert one == {"agreement", "facts", "pronouns", "names-other", "languages", "opposites"}
     assert differ["exchange"] == {2} and differ["greater"] == {1, 2} and differ["names-swap"] <= {3, 4}

@@ -2,6 +2,8 @@
 
     agreement    one noun's number, in the four structures of tasks.sva         "The lawyer near the doctors" is / are
     facts        one country                            "The capital of France is the city of" Paris / Rome
+    languages    one country                            "People who live in France usually speak" French / Italian
+    opposites    one word                               "The opposite of hot is" cold / small
     exchange     two countries, exchanged               "My friend lives in Italy, but I live in France. ..."
     pronouns     one noun                               "My mother was late because" she / he
     greater      one digit, or two                      "The war lasted from the year 1773 to the year 17" 9 / 3
@@ -31,6 +33,14 @@ CAPITALS = {
     "Portugal": "Lisbon", "Ireland": "Dublin", "Cuba": "Havana", "Peru": "Lima", "India": "Delhi", "Norway": "Oslo",
     "Austria": "Vienna", "Poland": "Warsaw", "Sweden": "Stockholm", "Thailand": "Bangkok", "Iraq": "Baghdad",
 }  # fmt: skip
+LANGUAGES = {
+    "France": "French", "Italy": "Italian", "Spain": "Spanish", "Germany": "German", "Japan": "Japanese",
+    "China": "Chinese", "Russia": "Russian", "Greece": "Greek", "Portugal": "Portuguese", "England": "English",
+}  # fmt: skip
+OPPOSITES = {
+    "hot": "cold", "big": "small", "old": "young", "rich": "poor", "fast": "slow", "good": "bad", "long": "short",
+    "dark": "light", "hard": "soft", "high": "low",
+}  # fmt: skip
 WOMEN = "Mary Anna Sarah Emma Laura Alice Jane Susan Lisa Julia Maria Helen Ruth Kate Linda Karen".split()
 MEN = "John Tom Peter David Paul Mark James Robert George Henry Frank Jack Adam Daniel Kevin Brian".split()
 NAMES = WOMEN + MEN
@@ -50,6 +60,17 @@ def facts(rng: random.Random) -> Iterator[Line]:
     for a, b in shuffled(permutations(CAPITALS, 2), rng):
         prompts = (f"The capital of {country} is the city of" for country in (a, b))
         yield *prompts, f" {CAPITALS[a]}", f" {CAPITALS[b]}"
+
+
+def languages(rng: random.Random) -> Iterator[Line]:
+    for a, b in shuffled(permutations(LANGUAGES, 2), rng):
+        prompts = (f"People who live in {country} usually speak" for country in (a, b))
+        yield *prompts, f" {LANGUAGES[a]}", f" {LANGUAGES[b]}"
+
+
+def opposites(rng: random.Random) -> Iterator[Line]:
+    for a, b in shuffled(permutations(OPPOSITES, 2), rng):
+        yield f"The opposite of {a} is", f"The opposite of {b} is", f" {OPPOSITES[a]}", f" {OPPOSITES[b]}"
 
 
 def exchange(rng: random.Random) -> Iterator[Line]:
@@ -135,6 +156,8 @@ def every_task(tokenizer) -> dict[str, list[Line]]:
         "names-swap": partial(names, 0, 1),  # the two are exchanged at all three places
         "names-other": partial(names, 1, 2),  # the one that is said once is another
         "names-all": partial(names, 3, 2),  # both are others
+        "languages": languages,
+        "opposites": opposites,
     }
     lines = {
         "agreement": iter(agreement(tokenizer)),
