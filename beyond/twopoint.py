@@ -28,7 +28,6 @@ from beyond import rivals
 from models import Config, Pass, Rules, attend, attention_scores, backward_as
 from relp import Key
 
-SHARE_OF_RELP = 0.6  # in the method `best`
 QUERIES = 128  # that attention looks at together on the way back: what belongs to them stays in a processor's cache
 
 
@@ -163,17 +162,3 @@ def attribute(model, original, patch, targets, nodes, metric=relp.logit_diff) ->
         scores = {key: (relp.difference(acts[key], patch_acts[key]) * rho[key]).sum(-1) for key in rho}
         result |= relp.by_node(scores, others)
     return {name: result[name] for name in nodes}
-
-
-def best(model, original, patch, targets, nodes, metric=relp.logit_diff) -> dict[str, Tensor]:
-    """The method `best`: a weighted mean of RelP's and two-point's scores, at the price of both.
-
-    Where one is far off, the other often is not: see README.md in this folder. Arguments as in relp.attribute().
-    """
-    of_relp = relp.attribute(model, original, patch, targets, nodes, metric, lrp=True)
-    two_point = attribute(model, original, patch, targets, nodes, metric)
-    return {name: mixed(of_relp[name], two_point[name]) for name in nodes}
-
-
-def mixed(of_relp, two_point):
-    return SHARE_OF_RELP * of_relp + (1 - SHARE_OF_RELP) * two_point

@@ -13,7 +13,6 @@ from functools import partial
 
 import numpy as np
 
-from beyond import twopoint
 from beyond.methods import method
 from models import Transformer
 from support import figures, inspector, resume, tables
@@ -33,7 +32,7 @@ def verify(title: str, model: Transformer, pairs: list[Pair], o: argparse.Namesp
     """Scores {(method, node): [n, layers, positions, ...]}, "verified" among the methods; which cells are exact, {node:
     bool, the same shape}; and the metric of both runs [n, 2].
     """
-    methods = [method(name, model.config.family) for name in CHEAP]
+    methods, best = [method(name, model.config.family) for name in CHEAP], method("best", model.config.family)
     found = score_pairs(title, model, pairs, methods, o.nodes, o.metric, o.batch_size)
     scores = found.scores
     strength = {node: np.max([abs(scores[m, node]) for m in CHEAP], axis=0) for node in o.nodes}
@@ -43,7 +42,7 @@ def verify(title: str, model: Transformer, pairs: list[Pair], o: argparse.Namesp
     exact = {node: x >= least for node, x in strength.items()}
     truth = patch_cells(model, pairs, exact, o)
     for node in o.nodes:
-        estimate = twopoint.mixed(scores["relp", node], scores["twopoint", node])
+        estimate = sum(weight * scores[m.name, node] for weight, m in best.mean_of)
         scores["verified", node] = np.where(exact[node], truth[node], estimate)
     return scores, exact, found.values
 
@@ -75,7 +74,7 @@ def price(cells: dict[str, np.ndarray], pairs: list[Pair]) -> int:
 
 def summary_of(model: Transformer, pairs: list[Pair], scores: dict, exact: dict, o: argparse.Namespace) -> dict:
     """What summary.json holds: of each kind of node the cells and what was left out; the price in FLOPs."""
-    differ = {node: np.nan_to_num(scores["atp", node]) != 0 for node in exact}
+    differ = {node: sum(abs(np.nan_to_num(scores[m, node])) for m in CHEAP) > 0 for node in exact}
     kinds = {
         node: {
             "cells": int(differ[node].sum()),
@@ -102,10 +101,8 @@ def print_verified(summary: dict, scores: dict, exact: dict, pairs: list[Pair]) 
     rows += [(node, [f"{x:.5g}" for x in of.values()]) for node, of in summary["nodes"].items()]
     tables.print_columns(rows)
     labels, at = overlay(pairs)
-    maps, rows = (
-        {key: laid_over(x, at) for key, x in scores.items()},
-        [("the strongest", ["exact", " AP in part", *CHEAP])],
-    )
+    maps = {key: laid_over(x, at) for key, x in scores.items()}
+    rows = [("the strongest", ["exact", " AP in part", *CHEAP])]
     found = tables.peaks({node: maps["verified", node] for node in exact}, labels, 10)
     for node, layer, pos, label, part, score in found:
         i = (layer, pos) if part is None else (layer, pos, part)

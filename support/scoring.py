@@ -33,6 +33,7 @@ class Method:
     steps      of Integrated Gradients
     attribute  a function (model, original, patch, targets, nodes, metric) -> scores to use instead of relp.attribute
     rho        likewise, instead of relp.activations_and_rho, for features; None where a method has none for these
+    mean_of    ((weight, Method), ...): this one is their weighted mean
     """
 
     name: str
@@ -41,20 +42,30 @@ class Method:
     steps: int | None = None
     attribute: Callable | None = None
     rho: Callable | None = None
+    mean_of: tuple[tuple[float, "Method"], ...] = ()
 
     def scores(self, model, original, patch, targets, nodes, metric=relp.logit_diff) -> dict[str, Tensor]:
         """{node: [batch, layer, pos, ...]}"""
+        if self.mean_of:
+            each = [(w, m.scores(model, original, patch, targets, nodes, metric)) for w, m in self.mean_of]
+            return {node: sum(w * scores[node] for w, scores in each) for node in nodes}
         if self.attribute:
             return self.attribute(model, original, patch, targets, nodes, metric)
         return relp.attribute(model, original, patch, targets, nodes, metric, self.lrp, self.steps)
 
     def activations_and_rho(self, model, original, patch, targets, nodes, metric=relp.logit_diff) -> tuple:
+        if self.mean_of:
+            each = [(w, m.activations_and_rho(model, original, patch, targets, nodes, metric)) for w, m in self.mean_of]
+            acts, patch_acts, _ = each[0][1]
+            return acts, patch_acts, {key: sum(w * rho[key] for w, (*_, rho) in each) for key in acts}
         if self.rho:
             return self.rho(model, original, patch, targets, nodes, metric)
         return relp.activations_and_rho(model, original, patch, targets, nodes, metric, self.lrp, self.steps)
 
     def passes(self, n_nodes: int) -> tuple[int, int]:
         """Forward and backward passes for one pair, n_nodes in all layers; of AP only those of the two runs."""
+        if self.mean_of:
+            return tuple(map(sum, zip(*(m.passes(n_nodes) for _, m in self.mean_of))))
         if self.steps:  # IG moves each node by itself
             return 2 + self.steps * n_nodes, self.steps * n_nodes
         return 2, 0 if self.attribute and not self.rho else 1
@@ -109,9 +120,8 @@ def score_pairs(
     first = two_runs(model, original, patch, answers, metric)
     targets = first.pop("targets")
     check_finite(title, first, model)
-    for method in methods:
-        if method is AP or not method.attribute:
-            try_out(model, original, patch, targets, nodes, metric, method.lrp != Rules() and method.lrp)
+    for lrp in dict.fromkeys(m.lrp != Rules() and m.lrp for m in methods if m is AP or not m.attribute):
+        try_out(model, original, patch, targets, nodes, metric, lrp)
 
     def score(numbers: list[int], rows: int) -> dict:
         """{what: [batch, ...]} of one batch: "values", "right", and (method, node)."""

@@ -122,10 +122,12 @@ def strongest(means: dict[str, np.ndarray], labels: list[str], k: int) -> list[S
 
 def peaks(means: dict[str, np.ndarray], labels: list[str], k: int) -> list[Strongest]:
     """The k largest, but of each node, position and part only the layer where it is strongest."""
-    found = {}
-    for one in strongest(means, labels, sum(x.size for x in means.values())):
-        found.setdefault((one.node, one.position, one.part), one)
-    return [*found.values()][:k]
+    only = {}
+    for node, values in means.items():
+        layers = np.abs(values).argmax(0)[None]
+        only[node] = np.zeros_like(values)
+        np.put_along_axis(only[node], layers, np.take_along_axis(values, layers, 0), 0)
+    return [one for one in strongest(only, labels, k) if one.score]
 
 
 def print_report(summary: dict, methods: list, nodes: list[str], paper: dict | None = None) -> None:

@@ -657,3 +657,28 @@ def test_without_saes_units_are_neurons(run, tmp_path):
     acts, patch_acts, rho = (of["mlp_hidden", first["layer"]].squeeze(2) for of in found)
     by_hand = ((patch_acts - acts) * rho).mean(0)[first["position"], first["unit"]]
     assert first["scores"]["twopoint"] == pytest.approx(float(by_hand), rel=1e-4)
+
+
+def test_best_is_a_mean_of_the_scores_of_units(toy, run, tmp_path):
+    given = [
+        "--task",
+        "sva",
+        "--pairs",
+        4,
+        "--held-out",
+        4,
+        "--structures",
+        "simple",
+        "--thresholds",
+        "1e-3,1,2",
+        "--no-plot",
+    ]
+    code, _, err = run(*given, "--methods", "relp,twopoint,best")
+    assert (code, err) == (0, [])
+    circuit, summary = read(tmp_path / "out" / "toy-neox-sva", "simple")
+    scores = [unit["scores"] for unit in circuit["nodes"]]
+    assert len(scores) > 20
+    for of in scores:
+        assert of["best"] == pytest.approx(0.6 * of["relp"] + 0.4 * of["twopoint"], abs=1e-5)
+    cost = summary["structures"]["simple"]["cost"]["best"]
+    assert (cost["forward"], cost["backward"]) == (4, 2)

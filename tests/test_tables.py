@@ -187,6 +187,19 @@ def test_top():
         tables.top({"mlp_out": torch.ones(3, 2, 5)}, list("abcd"))
 
 
+def test_peaks_are_the_strongest_layer_of_each_position_and_part():
+    g = torch.Generator().manual_seed(0)
+    means = {"mlp_out": torch.randn(3, 4, generator=g).numpy(), "head": torch.randn(3, 4, 5, generator=g).numpy()}
+    means["mlp_out"][:, 1] = 0
+    found = tables.peaks(means, list("abcd"), 100)
+    assert len(found) == 3 + 4 * 5  # none where all is 0
+    for node, layer, pos, label, part, score in found:
+        column = means[node][:, pos] if part is None else means[node][:, pos, part]
+        assert layer == np.abs(column).argmax() and score == pytest.approx(column[layer]) and label == "abcd"[pos]
+    assert [abs(one.score) for one in found] == sorted((abs(one.score) for one in found), reverse=True)
+    assert tables.peaks(means, list("abcd"), 4) == found[:4]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A run
 

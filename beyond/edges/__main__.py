@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from beyond import twopoint
 from beyond.edges import figure, files, tables
 from beyond.edges.circuits import ranking
 from beyond.edges.graph import Graph, ungrouped
@@ -151,9 +150,10 @@ def score_edges(
     mean over the pairs; other scores are sums over the positions. only: patch these edges, bool [writers, readers]
     """
     there, found = Graph.of(model.config).edges, {}
-    cost = {m.name: {"forward": (m.steps or 0) + 2, "backward": m.steps or 1, "seconds": 0.0} for m in methods}
-    if "best" in cost:
-        cost["best"] |= {"forward": 4, "backward": 2}
+    cost = {}
+    for m in methods:
+        times = len(m.mean_of) or 1
+        cost[m.name] = {"forward": times * (2 + (m.steps or 0)), "backward": times * (m.steps or 1), "seconds": 0.0}
     if AP in methods:
         cost["ap"] |= {"forward": 0, "backward": 0}
     bar = tqdm(total=len(pairs) * len(methods), leave=False, disable=None, delay=2, bar_format=BAR)
@@ -186,9 +186,8 @@ def score_edges(
 
 def scores_by(m: Method, *inputs, by_position: bool = False) -> Tensor:
     """attribute_edges() by one method."""
-    if m.name == "best":
-        both = (attribute_edges(*inputs, lrp, None, by_position) for lrp in (True, twopoint.TwoPoint()))
-        return twopoint.mixed(*both)
+    if m.mean_of:
+        return sum(weight * scores_by(part, *inputs, by_position=by_position) for weight, part in m.mean_of)
     return attribute_edges(*inputs, m.lrp, m.steps, by_position)
 
 
