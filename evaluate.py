@@ -45,7 +45,6 @@ TABLE_5 = {  # paper, Appendix B: PCC with AP of AtP and RelP, on 100 IOI prompt
     "gemma2-2b": {"resid_pre": (0.391, 0.769), "attn_out": (0.942, 0.956), "mlp_out": (0.910, 0.952)},
 }
 RUNS = ("original", "patch")
-NODES_OF_NEURONS = ("attn_out", "mlp_out")  # whose dimensions are units where there are no SAEs
 SAES = {  # of a model, if --saes names none
     "toy-neox": str(Path(__file__).parent / "toy" / "saes" / "neox"),
     "pythia-70m-deduped": "saprmarks/pythia-70m-deduped-saes",
@@ -180,9 +179,11 @@ def load_units(name: str, source: str | None, model: models.Transformer, nodes: 
         return relp.Neurons(torch.eye(n, dtype=weight.dtype, device=weight.device))
 
     hidden = {("mlp_hidden", layer): neurons(c.d_mlp) for layer in range(c.n_layers)}
+    if not source and nodes:
+        raise ValueError(f"--nodes are nodes that have SAEs, and none are known for {name}: name some with --saes")
     if not source:
         say(f"\nno sparse autoencoders are known for {name}: units are neurons only; --saes names some")
-        keys = [(node, layer) for layer in range(c.n_layers) for node in nodes or NODES_OF_NEURONS]
+        keys = [(node, layer) for layer in range(c.n_layers) for node in ("attn_out", "mlp_out")]
         return {"mlp_neurons": hidden, "dimensions": {key: neurons(c.d_model) for key in keys}}
     saes = load_saes(source, model, weight.dtype, weight.device, nodes)
     if not any(layer >= first for _, layer in saes):
@@ -267,10 +268,8 @@ def judge(
     values = scoring.two_runs(model, *prompts.tensors(discovery, o.device), o.metric)["values"].mean(0).tolist()
     effect = abs(values[0] - values[1])
     thresholds = [share * effect for share in o.thresholds]
-    runs = {}
-    for name, variant in circuits.VARIANTS.items():
-        if variant.kind not in units:
-            continue
+    runs, variants = {}, {name: v for name, v in circuits.VARIANTS.items() if v.kind in units}
+    for name, variant in variants.items():
         judged = {key: sae for key, sae in units[variant.kind].items() if key[1] >= first}
         run = runner(model, *tokens, judged, o.metric)
         of_methods = found.scores[variant.kind].items()

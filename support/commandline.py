@@ -71,14 +71,9 @@ def common_parser(prog: str, description: str, without: Collection[str] = ()) ->
 
     known = f"short names, Hub repositories, folders, .gguf files, or {', '.join(GROUPS)} [toys]"
     add("model", "NAME", nargs="+", default=["toys"], help=known)
-    for name in PAIR:
-        what = "a prompt of your own, with its patch prompt and the answers of both"
-        add(
-            name,
-            "TEXT",
-            **({"nargs": 2} if name == "answers" else {}),
-            help=what if name == "original" else "see above",
-        )
+    add("original", "TEXT", help="one pair: the prompt, with --patch and --answers")
+    add("patch", "TEXT", help="its patch prompt")
+    add("answers", "TEXT", nargs=2, help="the original's answer, the patch prompt's answer")
     add("prompts", "FILE", type=text, help="prompt pairs of a JSON-lines file instead of the templates'")
     add("pairs", "N", type=whole, default=100, help="prompt pairs; with --prompts at most that many [100]")
     add("seed", "N", type=seed, default=0, help="of the choice of prompts, and of the resamples for intervals [0]")

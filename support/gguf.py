@@ -59,7 +59,7 @@ ARCHITECTURES = {  # of a file: (model_type in config.json, fields)
     "gpt2": ("gpt2", GPT2),
 }
 LARGE_GEMMAS = {("gemma2", 46), ("gemma3", 62)}  # 27B, by their layers: these scale attention by embedding / heads
-SAME = {"rope.dimension_count": "head_dim", "attention.value_length": "head_dim", "vocab_size": "vocab_size"}
+SAME = ("rope.dimension_count", "attention.value_length", "vocab_size")  # what other fields, and tensors, say as well
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 AFTER = BYTES | {"use_regex": False}
@@ -169,8 +169,7 @@ def read_config(reader, name: str) -> dict:
 def check_same(reader, name: str, kind: str, c: Config) -> None:
     """ValueError if the file says otherwise of what Config has from elsewhere."""
     turned = 2 * len(c.rotary[0].freqs) if c.rotary else c.d_head
-    sizes = {"rope.dimension_count": turned, "attention.value_length": c.d_head, "vocab_size": c.n_vocab}
-    for key, ours in sizes.items():
+    for key, ours in zip(SAME, (turned, c.d_head, c.n_vocab)):
         if (given := value(reader, f"{kind}.{key}", ours)) != ours:
             raise ValueError(f"{name} gives {kind}.{key} = {given}, where {ours} is supported")
 

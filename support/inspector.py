@@ -85,9 +85,8 @@ def write(path: Path, shown: Shown, summary: dict) -> None:
 def embedded(shown: Shown, summary: dict) -> str:
     """JSON that does no harm within an HTML script element: ASCII, without < > &."""
     command = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d %H:%M")}
-    about = (
-        command | summary["versions"] | {k: str(x) for k, x in summary["arguments"].items() if x not in (None, False)}
-    )
+    given = {option: str(x) for option, x in summary["arguments"].items() if x not in (None, False)}
+    about = command | summary["versions"] | given
     text = json.dumps(without_nan(asdict(shown) | {"about": about}), separators=(",", ":"))
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 

@@ -132,7 +132,8 @@ def fields(line: bytes, tokenizer: Tokenizer | None) -> list[str | list[int]]:
         if type(value) is int and "answer" in ours:
             value = [value]
         is_ids = isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)  # a bool is no id
-        is_set = "answer" in ours and isinstance(value, list) and all(isinstance(i, str) and i for i in value)
+        texts = isinstance(value, list) and value and all(isinstance(i, str) and i for i in value)
+        is_set = "answer" in ours and texts
         if is_set and tokenizer is None:
             raise ValueError(f"{ours} has texts, which need a tokenizer; without one, give token ids")
         if not value or not (is_ids or is_set or isinstance(value, str)):

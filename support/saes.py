@@ -109,14 +109,14 @@ def load_saes(
             raise ValueError(f"{file} is a second SAE of {node} in layer {layer}: give a directory with one of each")
         d = c.n_heads * c.d_head if node == "z" else c.d_model
         saes[node, layer] = read_sae(file, files, cfg, d, dtype, device)
-        trained_on.add(cfg.get("model_name"))
+        trained_on |= {str(cfg["model_name"])} if "model_name" in cfg else set()
     for node in nodes or ():
         for layer in range(1 if node == "resid_pre" else c.n_layers):
             if (node, layer) not in saes:
                 raise ValueError(f"{source} has no SAE of {node} in layer {layer}")
     if not saes:
         raise ValueError(f"{source} has no SAEs: ae.pt, cfg.json with sae_weights.safetensors, or params.npz")
-    for theirs in trained_on - {None}:
+    for theirs in sorted(trained_on):
         say(f"  {source} has SAEs of the model {theirs!r:.80}")
     return dict(sorted(saes.items(), key=lambda item: (item[0][1], model.nodes.index(item[0][0]))))
 

@@ -71,6 +71,7 @@ def refused(run, tmp_path):
     (["--task", "sva", "--thresholds", "1e-4,1,1000000000000"], ["--thresholds", "up to 1000"]),
     (["--task", "sva", "--thresholds", "1,2"], ["--thresholds", "LOW,HIGH,COUNT"]),
     (["--task", "sva", "--saes", "x" * 5000], ["SAE"]),
+    (["--task", "sva", "--nodes", "z"], ["--nodes", "none are known", "--saes"]),
     (["--prompts", "x.jsonl", "--corruption", "s2"], ["--corruption", "no meaning with own prompts"]),
     (["--task", "sva", "--prompts", "x.jsonl", "--structures", "simple"], ["--structures", "own prompts"]),
 ], ids=label)  # fmt: skip

@@ -461,5 +461,6 @@ def test_unplaced_saes(model, gemma, tmp_path):
 def test_settings_that_change_nothing_are_read_and_the_model_is_named(model, tmp_path, capsys):
     settings = {"model_from_pretrained_kwargs": {}, "prepend_bos": True, "seqpos_slice": [None]}
     write_saelens(tmp_path, ("mlp_out", 0), random_sae(0), **settings)
-    assert [*load_saes(str(tmp_path), model)] == [("mlp_out", 0)]
+    write_saelens(tmp_path, ("mlp_out", 1), random_sae(1), new=False, model_name=["odd"])
+    assert [*load_saes(str(tmp_path), model)] == [("mlp_out", 0), ("mlp_out", 1)]
     assert f"{tmp_path} has SAEs of the model 'tiny'" in capsys.readouterr().out
