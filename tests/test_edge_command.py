@@ -304,6 +304,30 @@ def test_verify(command):
         assert row["scores"] == pytest.approx(wanted, abs=1e-4) and f"  {row['edge']} " in found.out
 
 
+def test_a_sample_of_edges_is_patched_and_compared(command):
+    """Drawn by the seed; the others have no exact score, and no circuit is found by it."""
+    given = ["--model", "toy-qwen2", "--pairs", 3, "--held-out", 2, "--methods", "relp,ap", "--sample", 40, "--no-plot"]
+    found, other = command(*given), command(*given, "--seed", 1)
+    exact, there = found.arrays["ap"], ~np.isnan(found.arrays["ap"])
+    assert there[0].sum() == 40 and (there == there[0]).all() and found.summary["patched_edges"] == 40
+    assert not np.array_equal(there[0], ~np.isnan(other.arrays["ap"][0]))
+    assert "exact patching of 40 edges drawn at random" in found.out and "ap" not in found.summary["circuits"]
+    model, pairs = models.from_pretrained("toy-qwen2"), tasks.ioi(load_tokenizer("toy-qwen2"), 3)
+    wanted = np.stack([patch_edges(model, *tensors([pair], "cpu"))[0][0].numpy() for pair in pairs])
+    np.testing.assert_allclose(exact[there], wanted[there], atol=1e-4)
+    pooled = np.corrcoef(found.arrays["relp"][there], exact[there])[0, 1]
+    assert found.summary["agreement"]["relp"]["pooled"][0] == pytest.approx(pooled, abs=1e-5)
+
+
+def test_held_out_pairs_of_a_file(command, checkpoint, tmp_path):
+    file = jsonl(tmp_path / "some.jsonl", *rows(6))
+    how = ["--model", checkpoint("gpt2")[0], "--prompts", file, "--methods", "relp", "--no-plot"]
+    found = command(*how, "--pairs", 4, "--held-out", 2)
+    sides = [{tuple(row) for row in found.arrays[f"{side}original_tokens"].tolist()} for side in ("", "judged_")]
+    assert [len(side) for side in sides] == [4, 2] and not sides[0] & sides[1]
+    assert found.summary["judged_on"] == "2 held-out pairs"
+
+
 def test_bfloat16_and_the_same_seed(command, checkpoint, tmp_path):
     prompts = jsonl(tmp_path / "ids.jsonl", *rows(2, (4,)))
     how = ["--model", checkpoint("gemma2")[0], "--prompts", prompts, "--no-plot", "--methods", "ap,relp"]
@@ -352,7 +376,9 @@ def test_exact_patching_is_the_default_for_toys_only(monkeypatch):
     (["--verify", "0"], ["--verify"]),
     (["--judge", "no-such-file.jsonl"], ["no-such-file.jsonl"]),
     (["--judge", ""], ["--judge"]),
-    (["--prompts", "ids.jsonl", "--held-out", "3"], ["--held-out"]),
+    (["--prompts", "ids.jsonl", "--held-out", "3"], ["3 held out are too many"]),
+    (["--judge", "ids.jsonl", "--held-out", "3"], ["--judge", "--held-out"]),
+    (["--verify", "3", "--sample", "3"], ["--verify", "--sample"]),
     (["--prompts", "ids.jsonl", "--judge", "bad.jsonl"], ["line 2", "differ"]),
 ], ids=lambda value: " ".join(value))  # fmt: skip
 def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch, capsys):

@@ -314,7 +314,7 @@ def test_a_circuits_run_is_the_definition(load, pair, family):
     whole, empty = (relp.read_out(model, model.stream(tokens), answers) for tokens in (original, patch))
     torch.testing.assert_close(run(edges), whole, **CLOSE)
     torch.testing.assert_close(run(torch.zeros_like(edges)), empty, **CLOSE)
-    for share in (0.3, 0.9):
+    for share in (0.3, 0.9, 0.1):  # with few edges, many components repeat the patch run
         kept = edges & (torch.rand(edges.shape, generator=generator) < share)
         wanted = run_by_hand(model, original, patch, answers, kept)
         assert (wanted - whole).abs().max() > 1e-3 and (wanted - empty).abs().max() > 1e-3
@@ -410,3 +410,7 @@ def test_a_circuit_file_has_every_edge_and_the_other_sign(load):
     assert [node for node, of in content["nodes"].items() if of["in_graph"]] == ["input", "a0.h1", "logits"]
     assert [edge for edge, of in content["edges"].items() if of["in_graph"]] == path
     assert [of["score"] for of in content["edges"].values()] == (-scores[graph.edges]).tolist()
+    for u in graph.writers:  # a node's score is the sum of the edges from it; nobody scores logits
+        edges = [of["score"] for name, of in content["edges"].items() if name.startswith(f"{u}->")]
+        assert content["nodes"][u]["score"] == pytest.approx(sum(edges), abs=1e-5) and edges
+    assert content["nodes"]["logits"] == {"in_graph": True}

@@ -30,7 +30,7 @@ from support.commandline import PAIR, TOYS, common_parser, load_model, names, pa
 from support.inspector import tokenizer_of
 from support.positions import laid_over, overlay
 from support.processes import say, world
-from support.prompts import tensors
+from support.prompts import split, tensors
 from support.results import folder_of, save, save_figure, save_json, slug, versions
 from support.scoring import AP, BAR, Method, by_batch, check_finite, main_method, two_runs
 from support.statistics import estimate
@@ -48,14 +48,20 @@ def evaluate_edges(name: str, o: argparse.Namespace) -> None:
     pairs, judged, judged_on = choose_pairs(name, model, o)
     say(f"\n{name}: {len(graph.names)} edges, {len(pairs)} prompt pairs to find circuits on, judged on {judged_on}")
 
-    # the scores of all edges, and how well they agree with exact patching
-    found, cost = score_edges(name, model, pairs, methods, o)
-    values, right = found.pop("values"), found.pop("right")
-    means = {m: graph.in_matrix(scores.double().mean(0)) for m, scores in found.items()}
+    # the scores of all edges, and how well they agree with exact patching: of all, or of some drawn at random
+    patched = at_random(graph, o.sample, o.seed)
+    found, cost = score_edges(name, model, pairs, methods, o, patched)
+    values, right, exact = found.pop("values"), found.pop("right"), found.pop("ap", None)
     groups = [pair.group for pair in pairs]
     weights = statistics.resamples(groups, seed=o.seed)
-    others = [m for m in found if m != "ap"] if "ap" in found else []
-    agreement = {m: statistics.agreement(found[m], found["ap"], groups, weights) for m in others}
+    means = {m: graph.in_matrix(scores.double().mean(0)) for m, scores in found.items()}
+    agreement, scored = {}, found
+    if exact is not None:
+        some = patched[graph.edges]
+        agreement = {m: statistics.agreement(x[:, some], exact[:, some], groups, weights) for m, x in found.items()}
+        scored = {"ap": exact.where(some, torch.nan), **found}
+        if not o.sample:
+            means = {"ap": graph.in_matrix(exact.double().mean(0)), **means}
 
     # circuits: of all sizes, judged on the judged pairs; and the smallest that does the task on the others
     size = o.batch_size or pairs_at_once(model, pairs + judged)
@@ -64,12 +70,13 @@ def evaluate_edges(name: str, o: argparse.Namespace) -> None:
     of_judged = statistics.resamples([pair.group for pair in judged], seed=o.seed)
     random = {"random": torch.randn(graph.edges.shape, generator=torch.Generator().manual_seed(o.seed))}
     curves, of_areas, kept, circuits = {}, {}, {}, {}
-    for m, scores in tqdm((means | random).items(), f"{name} circuits", leave=False, disable=None, bar_format=BAR):
+    for m, scores in (means | random).items():
+        say(f"  running the circuits of {m}")
         curves[m] = {which: curve(judge, scores, which == "signed", of_judged) for which in ("signed", "absolute")}
         of_areas[m] = areas(*(f for _, f in curves[m].values()))
         if m in means:
             kept[m], n = smallest(found_on, scores)
-            inclusion, overlap = stability(found[m], n, weights[1 : 1 + N_RESAMPLES])
+            inclusion, overlap = stability(scored[m], n, weights[1 : 1 + N_RESAMPLES])
             inclusion = dict(zip(graph.names_of(kept[m]), graph.in_matrix(inclusion)[kept[m]].tolist()))
             f = float(judge.f(kept[m]))
             circuits[m] = {"edges": int(kept[m].sum()), "f": f, "overlap": overlap, "inclusion": inclusion}
@@ -86,6 +93,7 @@ def evaluate_edges(name: str, o: argparse.Namespace) -> None:
         "judged_pairs": len(judged),
         "judged_on": judged_on,
         "n_edges": len(graph.names),
+        "patched_edges": int(patched.sum()) if exact is not None else 0,
         "metric": o.metric,
         "accuracy": {run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), right.unbind(1))},
         "value": {run: statistics.mean(x, weights) for run, x in zip(("original", "patch"), values.unbind(1))},
@@ -108,7 +116,7 @@ def evaluate_edges(name: str, o: argparse.Namespace) -> None:
 
     # files, tables, the picture
     folder = folder_of(o.out, name, "edges", o.prompts)
-    arrays = files.arrays(graph, found, pairs, judged)
+    arrays = files.arrays(graph, scored, pairs, judged)
     save(folder / "edges.npz", lambda file: np.savez_compressed(file, **arrays))
     save_json(folder / "graph.json", files.neuronpedia_json(name, graph, edges, pairs, tokenizer_of(name), o.metric))
     save_json(folder / "summary.json", summary)
@@ -129,11 +137,20 @@ def choose_pairs(name: str, model: Transformer, o: argparse.Namespace) -> tuple[
     if o.judge:
         judged = prompt_pairs(name, model, o, sys.maxsize, o.judge)
         return prompt_pairs(name, model, o, o.pairs, o.prompts), judged, f"{len(judged)} pairs of {o.judge}"
-    if o.prompts:
-        pairs = prompt_pairs(name, model, o, o.pairs, o.prompts)
-        return pairs, pairs, "the same pairs"
-    pairs = prompt_pairs(name, model, o, o.pairs + o.held_out, None)
-    return pairs[: o.pairs], pairs[o.pairs :], f"{o.held_out} held-out pairs"
+    words = f"{o.held_out} held-out pairs"
+    if not o.prompts:
+        pairs = prompt_pairs(name, model, o, o.pairs + o.held_out, None)
+        return pairs[: o.pairs], pairs[o.pairs :], words
+    if o.held_out:
+        return *split(prompt_pairs(name, model, o, sys.maxsize, o.prompts), o.pairs, o.held_out, o.seed), words
+    pairs = prompt_pairs(name, model, o, o.pairs, o.prompts)
+    return pairs, pairs, "the same pairs"
+
+
+def at_random(graph: Graph, n: int | None, seed: int) -> Tensor:
+    """bool [writers, readers]: n edges drawn at random, all if n is None or there are no more."""
+    numbers = torch.randperm(len(graph.names), generator=torch.Generator().manual_seed(seed))
+    return graph.in_matrix(numbers < (n or len(numbers)))
 
 
 def score_edges(
@@ -247,20 +264,24 @@ def estimates(of_methods: dict[str, dict[str, Tensor]]) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = common_parser("python -m beyond.edges", __doc__.splitlines()[0], without=["nodes", "methods", *PAIR])
     parser.add_argument("--methods", type=names, metavar="LIST", help=f"[{','.join(DEFAULT)}, and ap for the toys]")
-    parser.add_argument("--held-out", type=whole, metavar="N", help="pairs of the templates to judge circuits by [100]")
+    parser.add_argument("--held-out", type=whole, metavar="N", help="other pairs to judge circuits by [templates: 100]")
     parser.add_argument("--judge", type=text, metavar="FILE", help="pairs to judge circuits by, as in --prompts")
     parser.add_argument("--verify", type=whole, metavar="K", help="exact patching of the K edges of largest score")
+    parser.add_argument("--sample", type=whole, metavar="K", help="exact patching of K edges drawn at random")
     parser.add_argument("--no-plot", action="store_true", help="draw nothing")
     o = parse(parser, argv)
     if world() > 1:
         raise ValueError("beyond.edges is one process: start it without torchrun")
-    if o.held_out and (o.prompts or o.judge):
-        raise ValueError("--held-out is of the templates: with --prompts or --judge, give pairs to judge by as --judge")
-    o.held_out = o.held_out or 100
+    if o.held_out and o.judge:
+        raise ValueError("pairs to judge circuits by are either --held-out or --judge")
+    if o.verify and o.sample:
+        raise ValueError("the edges that are patched are either those of --verify or those of --sample")
+    if not o.prompts:
+        o.held_out = o.held_out or 100
     if o.methods is None:  # exact patching of every edge is for small models
         o.methods = ["ap"] * all(name in [*TOYS, "toy-planted"] for name in o.model) + DEFAULT
-    if o.verify:
-        o.methods = [m for m in o.methods if m != "ap"]
+    if o.verify or o.sample:
+        o.methods = ["ap"] * bool(o.sample) + [m for m in o.methods if m != "ap"]
     if o.methods in ([], ["ap"]):
         raise ValueError("--methods needs one besides ap, such as --methods ap,relp")
     if unfit := [m for m in o.methods if m in ("ig", "atp*")]:

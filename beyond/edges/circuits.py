@@ -88,29 +88,49 @@ class Circuits:
         self.model, self.original, self.targets, self.metric = model, original, targets, metric
         self.graph = graph = Graph.of(model.config)
         _, acts = relp.record(model, patch, recorded(model, "head", "mlp_out"))
-        self.streams = {place: upcast(acts[stream_of(graph, *place)]).squeeze(2) for place in graph.places}
+        places = [(layer, kind) for layer in range(graph.n_layers) for kind in ("heads", "mlp")]
+        places.append((graph.n_layers, "logits"))
+        self.streams = {place: upcast(acts[stream_of(graph, *place)]).squeeze(2) for place in places}
         self.parts = torch.cat(list(written(model, acts)))  # [w, b, t, d_model]
 
     @torch.no_grad()
     def __call__(self, kept: Tensor) -> Tensor:
-        """The metric [b] of the run in which only the edges `kept` carry what this run computes."""
+        """The metric [b] of the run in which only the edges `kept` carry what this run computes.
+
+        A component whose inputs all carry what the patch run computes repeats the patch run: it is not computed again.
+        """
         model, graph, c = self.model, self.graph, self.model.config
-        embedding = model.embed(self.original)
-        kept, n_pos = kept.to(self.parts), embedding.shape[1]
-        changes = torch.zeros_like(self.parts)  # what this run contributes minus what the patch run did
-        changes[0] = upcast(embedding) - self.parts[0]
+        embedding, kept = model.embed(self.original), kept & graph.edges
+        changes = torch.empty_like(self.parts)  # what these writers contribute minus what they did in the patch run:
+        writers = []
 
-        def seen(layer: int, kind: str) -> Tensor:  # [r, b, t, d_model]
-            n = graph.n_seen(layer, kind)
-            of_circuit = torch.einsum("wr,wbtd->rbtd", kept[:n, graph.readers_of(layer, kind)], changes[:n])
-            return (self.streams[layer, kind] + of_circuit).to(embedding.dtype)
+        def write(numbers: list[int], contributions: Tensor) -> None:
+            changes[len(writers) : len(writers) + len(numbers)] = contributions - self.parts[numbers]
+            writers.extend(numbers)
 
+        def edges_into(layer: int, kind: str) -> Tensor:
+            return kept[writers, graph.readers_of(layer, kind)]
+
+        def seen(layer: int, kind: str, edges: Tensor) -> Tensor:
+            """What readers see, [r, b, t, d_model], from the edges into them."""
+            of_circuit = edges.T.to(changes) @ changes[: len(writers)].flatten(1)
+            return (self.streams[layer, kind] + of_circuit.view(-1, *changes.shape[1:])).to(embedding.dtype)
+
+        write([0], upcast(embedding))
         for layer in range(graph.n_layers):
-            q, k, v = (read_heads(model, layer, kind, seen(layer, kind)) for kind in KINDS)
-            mask = causal_mask(0, n_pos, n_pos, c.windows[layer], q.device)
-            z = PLAIN.rules.attention(q, k, v, mask, c, PLAIN)
-            writers = graph.writers_of(layer)
-            heads, mlp = slice(writers.start, writers.stop - 1), writers.stop - 1
-            changes[heads] = written_by_heads(model, layer, z) - self.parts[heads]
-            changes[mlp] = upcast(mlp_out(model, layer, seen(layer, "mlp")[0])) - self.parts[mlp]
-        return relp.read_out(model, seen(graph.n_layers, "logits")[0], self.targets, self.metric)
+            *of_heads, of_mlp = range(*graph.writers_of(layer).indices(len(graph.writers)))
+            edges = edges_into(layer, "heads").unflatten(1, (len(KINDS), -1))
+            heads = edges.any(0).any(0)
+            if graph.post_norm:  # what a head adds depends on all heads of its layer
+                heads = heads.any().expand_as(heads)
+            if heads.any():
+                streams = seen(layer, "heads", edges[:, :, heads].flatten(1)).unflatten(0, (len(KINDS), -1))
+                q, k, v = (read_heads(model, layer, kind, x, heads) for kind, x in zip(KINDS, streams))
+                mask = causal_mask(0, q.shape[1], q.shape[1], c.windows[layer], q.device)
+                z = PLAIN.rules.attention(q, k, v, mask, c, PLAIN)
+                write([n for n, on in zip(of_heads, heads) if on], written_by_heads(model, layer, z, heads))
+            edges = edges_into(layer, "mlp")
+            if edges.any():
+                write([of_mlp], upcast(mlp_out(model, layer, seen(layer, "mlp", edges)[0])))
+        last = graph.n_layers, "logits"
+        return relp.read_out(model, seen(*last, edges_into(*last))[0], self.targets, self.metric)

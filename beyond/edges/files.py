@@ -32,7 +32,8 @@ def arrays(graph: Graph, scores: dict[str, Tensor], pairs: list[Pair], judged: l
 def circuit_json(c: Config, scores: Tensor, kept: Tensor) -> dict:
     """A circuit as EAP-IG's Graph.from_json reads it. scores: float [writers, readers]; kept: bool, the same.
 
-    There, a positive score speaks for the behaviour: it is ours times -1. Every edge of the graph is listed.
+    There, a positive score speaks for the behaviour: it is ours times -1. Every edge of the graph is listed, and every
+    node with the sum of the edges from it.
     """
     graph = Graph.of(c)
     edges = {
@@ -40,6 +41,8 @@ def circuit_json(c: Config, scores: Tensor, kept: Tensor) -> dict:
         for name, score, on in zip(graph.names, scores[graph.edges].tolist(), kept[graph.edges].tolist())
     }
     of_circuit = {node for name, edge in edges.items() if edge["in_graph"] for node in ends(name)}
+    nodes = dict(zip(graph.writers, (-scores.where(graph.edges, 0).sum(1)).tolist()))
+    nodes = {name: {"in_graph": name in of_circuit, "score": score} for name, score in nodes.items()}
     return {
         "cfg": {
             "n_layers": c.n_layers,
@@ -47,7 +50,7 @@ def circuit_json(c: Config, scores: Tensor, kept: Tensor) -> dict:
             "parallel_attn_mlp": graph.parallel,
             "d_model": c.d_model,
         },
-        "nodes": {name: {"in_graph": name in of_circuit} for name in [*graph.writers, "logits"]},
+        "nodes": nodes | {"logits": {"in_graph": "logits" in of_circuit}},
         "edges": edges,
     }
 

@@ -64,9 +64,14 @@ class Graph:
         return slice(start, start + self.n_heads + 1)
 
     def readers_of(self, layer: int, kind: str) -> slice:
-        """The numbers of the layer's readers of one kind: q, k, v (one for each head) or mlp; logits has no layer."""
+        """The numbers of the layer's readers of one kind: q, k, v (one for each head), heads (these three), or mlp.
+
+        logits has no layer.
+        """
         if kind == "logits":
             return slice(self.n_layers * (3 * self.n_heads + 1), None)
+        if kind == "heads":
+            return slice(self.readers_of(layer, "q").start, self.readers_of(layer, "v").stop)
         start = layer * (3 * self.n_heads + 1) + (*KINDS, "mlp").index(kind) * self.n_heads
         return slice(start, start + (1 if kind == "mlp" else self.n_heads))
 
@@ -147,14 +152,15 @@ def ungrouped(model: Transformer) -> Transformer:
 # Writing
 
 
-def written_by_heads(model: Transformer, layer: int, z: Tensor) -> Tensor:
-    """What each head adds to the stream, [h, b, t, d_model], from the heads' outputs z [b, t, h, d].
+def written_by_heads(model: Transformer, layer: int, z: Tensor, heads: Tensor | slice = slice(None)) -> Tensor:
+    """What these heads add to the stream, [h, b, t, d_model], from their outputs z [b, t, h, d].
 
     In float32 or better. The output matrix's bias belongs to no head: no prompt changes it. Where a norm follows
     attention (Gemma 2 and 3), it scales the sum of the heads by one number, and so each head's part by the same.
     """
     attn, post = model.blocks[layer].attn, model.blocks[layer].post1
-    parts = torch.einsum("bthe,dhe->hbtd", upcast(z), upcast(attn.o.weight).unflatten(1, z.shape[2:]))
+    weight = upcast(attn.o.weight).unflatten(1, (-1, z.shape[3]))[:, heads]
+    parts = torch.einsum("bthe,dhe->hbtd", upcast(z), weight)
     if post is None:
         return parts
     if attn.o.bias is not None:  # it goes through the norm as well: each head gets a share of it
@@ -199,10 +205,10 @@ def finished(kind: str, y: Tensor, first: int, attn: Attention, p: Pass = PLAIN)
     return rotate(y if norm is None else norm(y, p), first, attn.rotary)
 
 
-def read_heads(model: Transformer, layer: int, kind: str, streams: Tensor) -> Tensor:
-    """q, k or v [b, t, h, d] of all heads, each of which reads a stream of its own: [h, b, t, d_model]."""
+def read_heads(model: Transformer, layer: int, kind: str, streams: Tensor, heads: Tensor) -> Tensor:
+    """q, k or v [b, t, h, d] of these heads, each of which reads a stream of its own: [h, b, t, d_model]."""
     block, (weight, bias) = model.blocks[layer], by_head(model, layer, kind)
-    y = torch.einsum("hbtm,hdm->bthd", block.ln1(streams, PLAIN), weight) + bias
+    y = torch.einsum("hbtm,hdm->bthd", block.ln1(streams, PLAIN), weight[heads]) + bias[heads]
     return finished(kind, y, 0, block.attn)
 
 

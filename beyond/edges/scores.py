@@ -109,8 +109,7 @@ def rho_of_readers(
         of_mlp = rho_of_stream(*stream_of(graph, layer, "mlp")) - rho_of_stream("resid_post", layer)
         if graph.parallel:  # the heads see the same stream
             of_mlp = of_mlp - of_heads.sum(0)
-        heads = slice(graph.readers_of(layer, "q").start, graph.readers_of(layer, "v").stop)
-        yield heads, graph.n_seen(layer, "q"), of_heads
+        yield graph.readers_of(layer, "heads"), graph.n_seen(layer, "heads"), of_heads
         yield graph.readers_of(layer, "mlp"), graph.n_seen(layer, "mlp"), of_mlp
     last = graph.n_layers, "logits"
     yield graph.readers_of(*last), graph.n_seen(*last), rho_of_stream(*stream_of(graph, *last))

@@ -18,7 +18,9 @@ def print_summary(summary: dict, methods: list[Method]) -> None:
     if min(original, patch) < CAN_DO:
         print(NO_BEHAVIOUR)
 
-    agreement = summary["agreement"]
+    agreement, patched = summary["agreement"], summary["patched_edges"]
+    if 0 < patched < summary["n_edges"]:
+        print(f"  exact patching of {patched} edges drawn at random")
     row("", *([" PCC with exact patching", " slope"] if agreement else ["", ""]), "   passes   seconds")
     for name, cost in summary["cost"].items():
         of = agreement.get(name)
