@@ -12,6 +12,12 @@ correlation (PCC) of their scores.
 
 import argparse
 import sys
+
+from support.options import evaluate_parser
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    evaluate_parser().parse_args()  # here it is answered before torch is loaded, which takes seconds
+
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +32,8 @@ import relp
 import tasks
 from beyond.methods import method
 from support import circuits, inspector, processes, prompts, results, resume, scoring, statistics, tables
-from support.commandline import NODES, TOYS, common_parser, load, load_model, names, parse, run, thresholds, whole
+from support.commandline import load, load_model, parse, run
+from support.options import NODES, TOYS
 from support.positions import labels_of, overlay
 from support.processes import say
 from support.results import save, save_figure, save_json
@@ -93,13 +100,15 @@ def evaluate_nodes(name: str, o: argparse.Namespace) -> dict:
     arrays |= {"values": found.values, **prompts.prompt_arrays(pairs)}
     with results.replacing(folder, "heatmaps.png", "inspect.html") as new:
         save(new / "scores.npz", lambda file: np.savez_compressed(file, **arrays))
+        table = tables.as_csv(found.scores, methods, o.nodes, pairs)
+        save(new / "scores.csv", lambda file: file.write(table.encode()))
         save_json(new / "summary.json", summary)
         if not o.no_plot:
             from support import figures  # and with it matplotlib
 
             maps = partial(figures.heatmaps, name, found.scores, methods, o.nodes, pairs, o.metric)
             save_figure(new / "heatmaps.png", maps)
-            page = inspector.of_nodes(name, found.scores, methods, o.nodes, pairs, o.metric, found.values)
+            page = inspector.of_nodes(name, found, methods, o.nodes, pairs, o.metric)
             inspector.write(new / "inspect.html", page, summary)
     inspector.finish(folder)
     return summary
@@ -344,18 +353,7 @@ DEFAULTS = {  # of the options that the tasks do not share. None: it depends on 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     """The options of a command line. ValueError for those that cannot be."""
-    parser = common_parser("python evaluate.py", "Compare AtP and RelP with activation patching (AP).")
-    parser.epilog += " --task sva has toy-neox and 300 pairs by default."
-    add = parser.add_argument
-    add("--task", choices=list(DEFAULTS), default="ioi", help="ioi: indirect objects; sva: circuits of features [ioi]")
-    add("--steps", type=whole, default=10, metavar="N", help="of Integrated Gradients [10]")
-    add("--no-plot", action="store_true", help="draw nothing")
-    add("--shard", action="store_true", help="ioi: under torchrun, share the weights out as well")
-    add("--structures", type=names, metavar="LIST", help=f"sva: of {','.join(tasks.SVA)}")
-    add("--held-out", type=whole, metavar="N", help="sva: prompt pairs to judge circuits by [100]")
-    add("--saes", metavar="SOURCE", help="sva: sparse autoencoders, a directory, zip or Hub repository")
-    add("--thresholds", type=thresholds, metavar="LOW,HIGH,COUNT", help="sva: T_N, shares of the effect [1e-4,1,15]")
-    add("--top", type=whole, metavar="K", help="sva: how many of the strongest units are listed [10]")
+    parser = evaluate_parser()
 
     # what an option is if it is not given depends on the task, and not every task has it
     parser.set_defaults(**{name: None for of_task in DEFAULTS.values() for name in of_task})

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from beyond.methods import FLAGS, method
 from beyond.rivals import HalfProducts
 from models import Transformer, causal_mask, rotate, softcap
-from support.commandline import common_parser, load, parse, run
+from support.commandline import load, parse, run
+from support.options import common_parser
 from support.processes import say
 from support.prompts import batches, tensors
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import relp
 from beyond.methods import parse_rules
-from support.commandline import common_parser, load, parse, run
+from support.commandline import load, parse, run
+from support.options import common_parser
 from support.processes import say
 from support.prompts import batches, tensors
 from support.scoring import two_runs

@@ -10,7 +10,8 @@ import torch
 
 from beyond.methods import FLAGS, method
 from models import Transformer
-from support.commandline import common_parser, load, parse, run
+from support.commandline import load, parse, run
+from support.options import common_parser
 from support.processes import say
 from support.results import folder_of, save_json
 from support.scoring import AP, score_pairs

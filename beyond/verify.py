@@ -16,19 +16,20 @@ import numpy as np
 from beyond.methods import method
 from models import Transformer
 from support import figures, inspector, resume, tables
-from support.commandline import common_parser, load, parse, run
+from support.commandline import load, parse, run
+from support.options import common_parser
 from support.positions import laid_over, overlay
 from support.processes import gathered, rank
 from support.prompts import tensors
 from support.results import folder_of, replacing, save, save_figure, save_json, versions
-from support.scoring import Method, by_batch, joined, score_pairs, two_runs
+from support.scoring import Method, Scores, by_batch, joined, score_pairs, two_runs
 from tasks import Pair
 
 CHEAP = ("atp", "relp", "twopoint")
 VERIFIED = Method("verified", "AP in part")
 
 
-def verify(title: str, model: Transformer, pairs: list[Pair], o: argparse.Namespace) -> tuple[dict, dict, np.ndarray]:
+def verify(title: str, model: Transformer, pairs: list[Pair], o: argparse.Namespace) -> tuple[Scores, dict]:
     """Scores {(method, node): [n, layers, positions, ...]}, "verified" among the methods; which cells are exact, {node:
     bool, the same shape}; and the metric of both runs [n, 2].
     """
@@ -44,7 +45,7 @@ def verify(title: str, model: Transformer, pairs: list[Pair], o: argparse.Namesp
     for node in o.nodes:
         estimate = sum(weight * scores[m.name, node] for weight, m in best.mean_of)
         scores["verified", node] = np.where(exact[node], truth[node], estimate)
-    return scores, exact, found.values
+    return found, exact
 
 
 def patch_cells(model: Transformer, pairs: list[Pair], cells: dict[str, np.ndarray], o: argparse.Namespace) -> dict:
@@ -127,7 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in o.model:
         model, pairs = load(name, o)
         folder = folder_of(o.out, name, "verified", "pair" if o.original else o.prompts)
-        scores, exact, values = verify(name, model, pairs, o)
+        found, exact = verify(name, model, pairs, o)
+        scores = found.scores
         if rank() > 0:
             continue
         summary = summary_of(model, pairs, scores, exact, o)
@@ -139,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
             methods = [VERIFIED, *(method(m, model.config.family) for m in CHEAP)]
             maps = partial(figures.heatmaps, name, scores, methods, o.nodes, pairs, o.metric, exact)
             save_figure(new / "heatmaps.png", maps)
-            page = inspector.of_nodes(name, scores, methods, o.nodes, pairs, o.metric, values, exact)
+            page = inspector.of_nodes(name, found, methods, o.nodes, pairs, o.metric, exact)
             inspector.write(new / "inspect.html", page, summary)
         inspector.finish(folder)
 

@@ -1,27 +1,22 @@
-"""What the project's commands share: their options, and how they end.
+"""What the project's commands share: what they do with their options, and how they end.
 
-beyond/grid.py is an example of a command.
+beyond/grid.py is an example of a command. The options are in options.py.
 
-common_parser(prog, description, without)   the common options, without those that have no meaning for this command
 parse(parser, argv)                         the options: models one by one, the device joined with other processes
 load(name, o)                               the model, and the prompt pairs that the options ask for
 run(main)                                   the exit code: 0; 2 and one line for what the user can mend; 130 for Ctrl-C
 
 What the user can mend is raised as a ValueError of one line, anywhere. Every other exception is a bug of ours and ends
-in Python's own traceback, with exit code 1. An option's default is text as in the command line, or already a value.
+in Python's own traceback, with exit code 1.
 """
 
 import argparse
-import math
 import os
 import sys
 import warnings
-from argparse import ArgumentTypeError
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import models
@@ -30,64 +25,10 @@ import support.experts  # noqa: F401 (newer families)
 import support.gguf  # noqa: F401 (GGUF files)
 import tasks
 from support import processes, prompts, results
+from support.options import GROUPS, PAIR, Parser
 from support.processes import say
 from support.scoring import OUT_OF_MEMORY, out_of_memory
 from support.tokenizer import NoTokenizer, load_tokenizer
-
-TOYS = ["toy-gpt2", "toy-neox", "toy-qwen2", "toy-gemma2"]
-GROUPS = {  # one name for several models
-    "toys": TOYS,
-    "paper": [
-        *("gpt2", "gpt2-medium", "gpt2-large", "pythia-70m"),
-        *("pythia-410m", "qwen2-0.5b", "qwen2-7b", "gemma2-2b"),
-    ],
-}
-NODES = "resid_pre,attn_out,mlp_out"  # residual stream, attention outputs and MLP outputs of Table 5
-PAIR = ("original", "patch", "answers")
-EPILOG = (
-    "Models that need no network: toy-gpt2, toy-neox, toy-qwen2, toy-gemma2, toy-qwen3; a real one, smollm2-135m-q4. "
-    "Methods: ap patches each node; atp has the gradient, relp the paper's rules, ig mean gradients; best is .6 relp "
-    "+ .4 twopoint; twopoint, gim, attnlrp, cp-lrp, atp*, eap-ig-5: see beyond/README.md; ln+ah has these rules."
-)
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # argparse itself would print the usage as well, and exit
-        raise ValueError(message)
-
-
-def common_parser(prog: str, description: str, without: Collection[str] = ()) -> Parser:
-    """A parser of the common options, but for those named in `without`, such as "batch-size"."""
-    shape = partial(argparse.HelpFormatter, max_help_position=26, width=110)
-    usage = f"{prog} [options]"
-    parser = Parser(
-        prog=prog, usage=usage, description=description, epilog=EPILOG, allow_abbrev=False, formatter_class=shape
-    )
-
-    def add(name: str, metavar: str | None = None, **how) -> None:
-        if name not in without:
-            parser.add_argument(f"--{name}", **({"metavar": metavar} if metavar else {}), **how)
-
-    known = f"short names, Hub repositories, folders, .gguf files, or {', '.join(GROUPS)} [toys]"
-    add("model", "NAME", nargs="+", default=["toys"], help=known)
-    add("original", "TEXT", help="one pair: the prompt, with --patch and --answers")
-    add("patch", "TEXT", help="its patch prompt")
-    add("answers", "TEXT", nargs=2, help="the original's answer, the patch prompt's answer")
-    add("prompts", "FILE", type=text, help="prompt pairs of a JSON-lines file instead of the templates'")
-    add("pairs", "N", type=whole, default=100, help="prompt pairs; with --prompts at most that many [100]")
-    add("seed", "N", type=seed, default=0, help="of the choice of prompts, and of the resamples for intervals [0]")
-    add("metric", "NAME", choices=list(relp.METRICS), default="logit_diff", help=f"of {', '.join(relp.METRICS)}")
-    add("methods", "LIST", type=names, default="ap,atp,relp", help="such as ap,relp,ig,ln+ah [ap,atp,relp]")
-    add("rules", "RULES", default="paper", help="RelP's: paper, none, or such as ln,identity,half,ah,epsilon=0.01")
-    add("nodes", "LIST", type=names, default=NODES, help=f"such as head,neuron,z [{NODES}]")
-    add("corruption", "NAME", choices=tasks.CORRUPTIONS, default="swap", help="swap both names, or s2 only [swap]")
-    add("device", "DEVICE", type=device, default="auto", help="auto, cpu, cuda, cuda:1, ... [auto]")
-    add("dtype", "TYPE", choices=list(DTYPES), default="float32", help=f"of {', '.join(DTYPES)} [float32]")
-    add("batch-size", "N", type=batch_size, default="auto", help="prompts, or patched runs, at a time [auto]")
-    add("out", "DIR", default="results", help="where the results go [results]")
-    add("no-bos", action="store_true", help="put no BOS token before the prompts")
-    return parser
 
 
 def parse(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -107,67 +48,6 @@ def parse(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Readers of an option's text
-
-
-def text(given: str) -> str:
-    if not given:
-        raise ArgumentTypeError("must not be empty")
-    return given
-
-
-def names(given: str) -> list[str]:
-    """Names separated by commas, each once."""
-    return list(dict.fromkeys(text(given).split(",")))
-
-
-def number(given: str, low: int, high: int) -> int:
-    try:
-        value = int(given)
-    except ValueError:
-        raise ArgumentTypeError(f"a whole number is needed, got {given!r}") from None
-    if not low <= value <= high:
-        raise ArgumentTypeError(f"must be from {low} to {high}, got {given}")
-    return value
-
-
-def whole(given: str) -> int:
-    return number(given, 1, 2**31 - 1)
-
-
-def seed(given: str) -> int:
-    return number(given, 0, 2**63 - 1)
-
-
-def batch_size(given: str) -> int | None:
-    """None for auto."""
-    return None if given == "auto" else whole(given)
-
-
-def thresholds(given: str) -> list[float]:
-    """LOW,HIGH,COUNT as thresholds spaced evenly in their logarithm, rising."""
-    try:
-        low, high, count = given.split(",")
-        low, high, count = float(low), float(high), int(count)
-    except ValueError:
-        low = 0
-    if not (0 < low <= high < math.inf and 0 < count <= 1000):
-        raise ArgumentTypeError(f"must be LOW,HIGH,COUNT with 0 < LOW <= HIGH and COUNT up to 1000, got {given!r}")
-    return np.geomspace(low, high, count).tolist()
-
-
-def device(given: str) -> torch.device:
-    if given == "auto":
-        given = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(given)
-        torch.zeros(1, device=found).item()  # the meta device can make a tensor, and cannot read it
-    except Exception as error:  # each kind of device fails in its own way
-        raise ArgumentTypeError(f"{given!r} cannot be used here: {models.first_line(error)}") from None
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What the options ask for
 
 
@@ -175,7 +55,7 @@ def load_model(name: str, o: argparse.Namespace) -> models.Transformer:
     """The model. ValueError if it does not have the nodes that are asked for."""
     shard = getattr(o, "shard", False)
     try:
-        model = models.from_pretrained(name, DTYPES[o.dtype], "cpu" if shard else o.device)
+        model = models.from_pretrained(name, getattr(torch, o.dtype), "cpu" if shard else o.device)
     except ValueError as error:
         raise ValueError(f"{name:.80}: {error}") from None  # it may be one of several
     if shard:

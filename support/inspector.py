@@ -20,7 +20,7 @@ import relp
 from support.positions import laid_over, legend, overlay
 from support.processes import say
 from support.results import save, without_nan
-from support.scoring import Method
+from support.scoring import Method, Scores
 from support.tokenizer import NoTokenizer, load_tokenizer
 from tasks import Pair, labels
 
@@ -38,7 +38,7 @@ class Kind:
     """The maps of one kind of node.
 
     mean    {method: packed [layers, columns]}, the mean over the pairs by role
-    each    {method: packed [pairs, layers, positions]}; {} if there are only means
+    each    {method: packed [pairs, layers, positions]}, the pairs one by one
     parts   what a cell is made of: see strongest_parts(); None if that is not known
     exact   packed like each: 1 where the first method is AP in a run that has AP of some cells only; None: no such run
     wholes  other kinds whose cells are made of these parts too
@@ -46,7 +46,7 @@ class Kind:
 
     name: str
     mean: dict
-    each: dict = field(default_factory=dict)
+    each: dict
     parts: dict | None = None
     wholes: list[str] = field(default_factory=list)
     exact: dict | None = None
@@ -57,7 +57,8 @@ class Shown:
     """What the page shows of one model.
 
     tokens    the tokens that occur; prompts are numbers of these
-    examples  the pairs: original, patch, answers, roles, values (the metric of both runs), at (see positions.overlay)
+    examples  the pairs: original, patch, answers, roles, values (the metric of both runs), at (see positions.overlay),
+              likely and chances (see scoring.Scores)
     n_pairs   how many there were, and `laid_over` how many of them the means are of
     values    the metric of both runs, mean over the pairs
     """
@@ -76,13 +77,13 @@ class Shown:
     meanings: str
 
 
-def write(path: Path, shown: Shown, summary: dict) -> None:
-    """The page. ValueError if the file cannot be written."""
-    template = TEMPLATE.read_text(encoding="utf-8")
-    save(path, lambda file: file.write(template.replace(HERE, embedded(shown, summary)).encode()))
+def write(path: Path, shown, summary: dict, template: Path = TEMPLATE) -> None:
+    """The page of a dataclass: Shown, or another one in a template of its own. ValueError if it cannot be written."""
+    text = template.read_text(encoding="utf-8")
+    save(path, lambda file: file.write(text.replace(HERE, embedded(shown, summary)).encode()))
 
 
-def embedded(shown: Shown, summary: dict) -> str:
+def embedded(shown, summary: dict) -> str:
     """JSON that does no harm within an HTML script element: ASCII, without < > &."""
     command = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d %H:%M")}
     given = {option: str(x) for option, x in summary["arguments"].items() if x not in (None, False)}
@@ -157,14 +158,17 @@ def strongest_parts(scores: dict[str, np.ndarray]) -> dict:
     return {"index": in_base64(chosen.astype("<u4")), "k": chosen.shape[1], "scores": found}
 
 
-def prompts_shown(pairs: list[Pair], tokenizer, at: np.ndarray, values: np.ndarray | None) -> tuple[list, list]:
+def prompts_shown(pairs: list[Pair], tokenizer, at: np.ndarray, found: Scores) -> tuple[list, list]:
     """Tokens, and examples that are numbers of these: see Shown. Of a set of answers the first is shown."""
     pairs = [replace(pair, answers=tuple(x[0] if isinstance(x, tuple) else x for x in pair.answers)) for pair in pairs]
-    ids = dict.fromkeys(i for pair in pairs for i in (*pair.original, *pair.patch, *pair.answers))
+    likely, chances = found.likely[: len(pairs)].tolist(), found.chances.astype(float).round(4).tolist()
+    of_pairs = ((*pair.original, *pair.patch, *pair.answers, *more) for pair, more in zip(pairs, likely))
+    ids = dict.fromkeys(i for of_pair in of_pairs for i in of_pair)
     number = {token: i for i, token in enumerate(ids)}
     examples = [
         {part: [number[i] for i in getattr(pair, part)] for part in ("original", "patch", "answers")}
-        | {"roles": pair.roles, "at": at[i].tolist(), "values": None if values is None else values[i].tolist()}
+        | {"roles": pair.roles, "at": at[i].tolist(), "values": found.values[i].tolist()}
+        | {"likely": [number[token] for token in likely[i]], "chances": chances[i]}
         for i, pair in enumerate(pairs)
     ]
     return labels(list(ids), tokenizer), examples
@@ -184,16 +188,15 @@ def tokenizer_of(name: str):
 
 def of_nodes(
     name: str,
-    scores: dict,
+    found: Scores,
     methods: list[Method],
     nodes: list[str],
     pairs: list[Pair],
     metric: str,
-    values: np.ndarray,
     exact: dict | None = None,
 ) -> Shown:
-    """The node experiment. scores: {(method, node): [n, layers, positions, ...]}; values [n, 2]; exact: as in Kind."""
-    columns, at = overlay(pairs)
+    """The node experiment. exact: as in Kind."""
+    scores, (columns, at) = found.scores, overlay(pairs)
     first = {node: scores[methods[0].name, node] for node in nodes}
     n_layers, longest = next(iter(first.values())).shape[1:3]
     cells = sum(len(methods) if x.ndim == 3 else len(methods) + (len(methods) + 2) * PARTS for x in first.values())
@@ -202,7 +205,7 @@ def of_nodes(
     for node in nodes:
         every = {m.name: scores[m.name, node] for m in methods}
         means = {m: laid_over(x, at) for m, x in every.items()}  # [layers, columns, ...parts]
-        kind = Kind(node, {}, {})
+        kind = Kind(node, mean={}, each={})
         if first[node].ndim > 3:
             number = first[node].shape[3]
             of_mean = strongest_parts({m: x.reshape(-1, number) for m, x in means.items()})
@@ -215,7 +218,7 @@ def of_nodes(
         if exact:
             kind.exact = packed(exact[node][:n].reshape(n, n_layers, longest, -1).any(-1))
         kinds.append(kind)
-    tokens, examples = prompts_shown(pairs[:n], tokenizer_of(name), at, values)
+    tokens, examples = prompts_shown(pairs[:n], tokenizer_of(name), at, found)
     return Shown(
         title=name,
         metric=metric,
@@ -227,6 +230,6 @@ def of_nodes(
         examples=examples,
         n_pairs=len(pairs),
         laid_over=int((at >= 0).any(1).sum()),
-        values=values.mean(0).tolist(),
+        values=found.values.mean(0).tolist(),
         meanings=legend(columns),
     )

@@ -20,6 +20,7 @@ from support.try_out import try_out
 from tasks import Pair
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+LIKELY = 5
 OUT_OF_MEMORY = "out of memory; try a smaller --batch-size, shorter prompts, or --dtype bfloat16"
 
 
@@ -91,6 +92,8 @@ class Scores:
     scores: dict[tuple[str, str], np.ndarray]  # {(method, node): [n, layers, positions, ...]}
     values: np.ndarray  # the metric of the original and the patch run [n, 2]
     right: np.ndarray  # does each run prefer its own answer? [n, 2]
+    likely: np.ndarray  # the LIKELY likeliest next tokens of the original run, then those of the patch run [n, ...]
+    chances: np.ndarray  # their probabilities
     seconds: dict[str, float]  # by method; AP's include those of the runs that it is taken from
 
 
@@ -153,7 +156,8 @@ def score_pairs(
     everybody = gathered((mine, seconds))
     whole = joined([part for parts, _ in everybody for part in parts], len(pairs), longest)
     seconds = {name: max(of_one[name] for _, of_one in everybody) for name in seconds}
-    return Scores(values=whole.pop("values"), right=whole.pop("right"), scores=whole, seconds=seconds)
+    of_runs = {what: whole.pop(what) for what in ("values", "right", "likely", "chances")}
+    return Scores(scores=whole, seconds=seconds, **of_runs)
 
 
 def joined(parts: list[tuple[list[int], dict]], n: int, longest: int) -> dict:
@@ -161,13 +165,11 @@ def joined(parts: list[tuple[list[int], dict]], n: int, longest: int) -> dict:
     whole = {}
     for numbers, result in parts:
         for what, part in result.items():
-            of_cells = part.ndim > 2  # [batch, layer, pos, ...], not [batch, 2]
-            shape = (n, part.shape[1], longest, *part.shape[3:]) if of_cells else (n, 2)
-            array = whole.setdefault(what, np.full(shape, np.nan, part.dtype))
-            if of_cells:
-                array[numbers, :, : part.shape[2]] = part
+            if part.ndim > 2:  # [batch, layer, pos, ...]
+                shape = (n, part.shape[1], longest, *part.shape[3:])
+                whole.setdefault(what, np.full(shape, np.nan, part.dtype))[numbers, :, : part.shape[2]] = part
             else:
-                array[numbers] = part
+                whole.setdefault(what, np.zeros((n, part.shape[1]), part.dtype))[numbers] = part
     return whole
 
 
@@ -175,15 +177,19 @@ def joined(parts: list[tuple[list[int], dict]], n: int, longest: int) -> dict:
 def two_runs(model: Transformer, original: Tensor, patch: Tensor, answers: Tensor, metric: str | Callable) -> dict:
     """Of the original and the patch run, [batch, 2]: the metric's "values", and is its own answer preferred ("right")?
 
-    "targets": what the metric compares the logits with: for kl the patch run's logits, else the answers.
+    "targets": what the metric compares the logits with: for kl the patch run's logits, else the answers. "likely" and
+    "chances": see Scores.
     """
     logits = [model.unembed(model.stream(tokens)[:, -1]) for tokens in (original, patch)]
     metric = relp.METRICS.get(metric, metric)
     targets = logits[1] if metric is relp.kl else answers
     prefers = [relp.logit_diff(x, answers) for x in logits]
+    first = torch.stack(logits, dim=1).float().softmax(-1).topk(min(LIKELY, logits[0].shape[-1]))
     return {
         "values": torch.stack([metric(x, targets) for x in logits], dim=1),
         "right": torch.stack([prefers[0] > 0, prefers[1] < 0], dim=1).float(),
+        "likely": first.indices.flatten(1),
+        "chances": first.values.flatten(1),
         "targets": targets,
     }
 

@@ -3,10 +3,12 @@
 Tables are at most WIDTH characters wide: columns that do not fit stand below the first ones.
 """
 
+import csv
 import math
 import re
 import sys
 import textwrap
+from io import StringIO
 from typing import NamedTuple
 
 import numpy as np
@@ -100,6 +102,19 @@ def top(scores: dict, labels: list[str], k: int = 10) -> Top:
     check_labels(scores, labels)
     means = {node: x.detach().double().mean(0).cpu().numpy() for node, x in scores.items()}
     return Top(strongest(means, labels, k))
+
+
+def as_csv(scores: dict, methods: list, nodes: list[str], pairs: list) -> str:
+    """The mean scores by role, a line for each node, layer and role, and of heads and neurons for each part."""
+    labels, at = overlay(pairs)
+    lines = csv.writer(text := StringIO(newline=""), lineterminator="\n")
+    lines.writerow(["node", "layer", "role", "part", *(m.name for m in methods)])
+    for node in nodes:
+        maps = np.stack([laid_over(scores[m.name, node], at) for m in methods], axis=-1)
+        for layer, column, *part in np.ndindex(maps.shape[:-1]):
+            numbers = (f"{x:.6g}" for x in maps[(layer, column, *part)])
+            lines.writerow([node, layer, labels[column].strip(), *(part or [""]), *numbers])
+    return text.getvalue()
 
 
 def check_labels(scores: dict, labels: list[str]) -> None:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import same_color
-from matplotlib.patches import FancyArrowPatch
+from matplotlib.patches import PathPatch
 
 import models
 import tasks
-from beyond.edges import figure
+from beyond.edges import figure, layout
 from beyond.edges.__main__ import main
-from beyond.edges.circuits import Circuits
+from beyond.edges.circuits import Circuits, best, drawable, ranking
 from beyond.edges.graph import Graph, ungrouped
 from beyond.edges.judging import SHARES
 from beyond.edges.patching import patch_edges
@@ -40,7 +40,7 @@ class Run:
     """What a run has printed and written. Circuits are sets of names of edges."""
 
     def __init__(self, folder, out):
-        (self.folder,) = folder.iterdir()
+        (self.folder,) = (path for path in folder.iterdir() if path.is_dir())
         self.out, self.summary = out, self.json("summary.json")
         with np.load(self.folder / "edges.npz") as file:
             self.arrays = dict(file)
@@ -123,7 +123,8 @@ def test_files(toy):
     tokenizer = load_tokenizer("toy-gpt2")
     pairs = tasks.ioi(tokenizer, 7)
     check_scores(toy, models.from_pretrained("toy-gpt2"), pairs[:4])
-    files = {"edges.npz", "summary.json", "graph.json", "circuit.png", *(f"circuit-{m}.json" for m in ("ap", *METHODS))}
+    files = {"edges.npz", "summary.json", "graph.json", "circuit.png", "inspect.html"}
+    files |= {f"circuit-{m}.json" for m in ("ap", *METHODS)}
     assert {path.name for path in toy.folder.iterdir()} == files and toy.folder.name == "toy-gpt2-edges"
     assert (toy.folder / "circuit.png").read_bytes().startswith(b"\x89PNG")
     judged = [tuple(i for i in row if i >= 0) for row in toy.arrays["judged_original_tokens"].tolist()]
@@ -163,7 +164,11 @@ def test_the_graph_for_neuronpedias_viewer(toy):
 def test_the_drawn_edges_and_where_they_matter(toy):
     means, pairs = toy.means("relp"), tasks.ioi(load_tokenizer("toy-gpt2"), 4)
     drawn = toy.summary["drawn"]["edges"]
-    assert [edge["edge"] for edge in drawn] == sorted(toy.circuit("relp"), key=lambda name: -abs(means[name]))
+    names = sorted(toy.circuit("relp"), key=lambda name: -abs(means[name]))
+    assert len(drawn) <= 24 < len(names) + 5 and [edge["edge"] for edge in drawn][:15] == names[:15]
+    assert {edge["edge"] for edge in drawn} == pruned(edge["edge"] for edge in drawn) <= set(names)
+    assert toy.summary["drawn"]["f"] == pytest.approx(Metric(toy, models.from_pretrained("toy-gpt2"), "judged_").f(
+        {edge["edge"] for edge in drawn}, np.ones(3)), abs=1e-4)  # fmt: skip
     labels, at = overlay(pairs)
     model, sums = models.from_pretrained("toy-gpt2"), np.zeros((len(labels), len(toy.writers), len(toy.readers)))
     for pair, places in zip(pairs, at):
@@ -355,7 +360,7 @@ def test_files_of_an_earlier_run_go(command, checkpoint, tmp_path):
     how = ["--model", checkpoint("gpt2")[0], "--prompts", prompts, "--methods"]
     command(*how, "atp,relp", out=tmp_path / "out")
     found = command(*how, "ln+ah", "--no-plot", out=tmp_path / "out")
-    files = {"edges.npz", "summary.json", "graph.json", "circuit-ln-ah.json"}
+    files = {"edges.npz", "summary.json", "graph.json", "circuit-ln-ah.json"}  # no picture, and no page
     assert {path.name for path in found.folder.iterdir()} == files
 
 
@@ -395,24 +400,66 @@ def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch, capsys):
 # The picture, and the README
 
 
-@pytest.mark.parametrize("n", [0, 1, 60])
+@pytest.mark.parametrize("n", [0, 1, 24])
 def test_the_picture(n, tmp_path, capsys):
     graph = Graph(3, 4)
     edges = [{"edge": e, "score": (-1) ** i * (n - i), "role": f"${i}"} for i, e in enumerate(graph.names[:n])]
     drawn = figure.draw("cash $ and $carry", edges, graph)
     save_figure(tmp_path / "circuit.png", lambda: drawn)
     assert capsys.readouterr().out == "" and (tmp_path / "circuit.png").read_bytes().startswith(b"\x89PNG")
-    title, shown, (ax,) = drawn.get_suptitle(), edges[:40], drawn.axes
-    assert title.startswith("cash $ and $carry") and ("the 40 strongest of 60 edges" in title) == (n == 60)
-    nodes, roles = {node for edge in shown for node in ends(edge["edge"])}, [edge["role"] for edge in shown]
-    assert sorted(text.get_text() for text in ax.texts) == sorted([*nodes, *roles])
-    arrows = [patch for patch in ax.patches if isinstance(patch, FancyArrowPatch)][::-1]  # the strongest is drawn last
-    widths = [arrow.get_linewidth() for arrow in arrows]
-    assert len(arrows) == len(shown) and widths == sorted(widths, reverse=True)
-    for edge, arrow in zip(shown, arrows):
+    (ax,), nodes = drawn.axes, {node for edge in edges for node in ends(edge["edge"])}
+    texts = [f"{edge['role']}\n{edge['score']:.3g}".replace("-", "−") for edge in edges]
+    assert drawn.get_suptitle() == "cash $ and $carry"
+    assert sorted(text.get_text() for text in ax.texts) == sorted([*nodes, *texts])
+    lines = [patch for patch in ax.patches if isinstance(patch, PathPatch)][::-1]  # the strongest is drawn last
+    widths = [line.get_linewidth() for line in lines]
+    assert len(lines) == len(edges) and widths == sorted(widths, reverse=True)
+    for edge, line in zip(edges, lines):
         kind = re.search(r"(q|k|v|m|logits)(\d*|>)$", edge["edge"])[1]
-        assert same_color(arrow.get_edgecolor()[:3], figure.COLORS["mlp" if kind == "m" else kind])
-        assert (arrow.get_linestyle() in ("--", "dashed")) == (edge["score"] > 0)
+        assert same_color(line.get_edgecolor()[:3], figure.COLORS["mlp" if kind == "m" else kind])
+        assert (line.get_linestyle() in ("--", "dashed")) == (edge["score"] > 0)
+    shown = {text.get_text() for text in drawn.legends[0].get_texts()}
+    kinds = {figure.ends(edge["edge"])[2] for edge in edges}
+    assert shown == {figure.LABELS[kind] for kind in kinds} | ({figure.AGAINST} if n else set())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_line_behind_a_box_and_no_label_on_another(seed):
+    """Thirty layers, 24 edges at random: all lines run upwards, beside the boxes that they do not join."""
+    graph, g = Graph(30, 9), torch.Generator().manual_seed(seed)
+    names = [graph.names[i] for i in torch.randint(len(graph.names), (24,), generator=g)]
+    names += ["input->logits", "a3.h1->m3", "m3->a9.h0<q>", "m3->a9.h0<k>", "m3->a9.h0<v>"]
+    drawn = layout.layout(names := list(dict.fromkeys(names)), graph)
+    assert drawn.boxes.keys() == {node for name in names for node in ends(name)}
+    half = layout.WIDTH / 2, layout.HEIGHT / 2
+    for name, points in zip(names, drawn.points):
+        y = [y for _, y in points]
+        assert y == sorted(y) and points[0][1] == drawn.boxes[ends(name)[0]][1] + half[1]
+        assert points[-1][1] == drawn.boxes[ends(name)[1]][1] - half[1]
+        line = figure.curve(points).interpolated(1).to_polygons(closed_only=False)[0]
+        for node, (x, y) in drawn.boxes.items():
+            if node not in ends(name):
+                inside = (abs(line[:, 0] - x) < half[0]) & (abs(line[:, 1] - y) < half[1])
+                assert not inside.any(), (name, node)
+    places = [(x, y, layout.LABEL) for x, y in drawn.labels]
+    places += [(x, y, layout.WIDTH) for x, y in drawn.boxes.values()]
+    for i, (x, y, width) in enumerate(places):
+        for x2, y2, width2 in places[:i]:
+            assert abs(y - y2) > 0.3 or abs(x - x2) >= (width + width2) / 2 - 1e-6
+
+
+def test_a_circuit_that_is_too_large_is_drawn_in_part():
+    """The largest of the ranking's pruned circuits with at most so many edges: not simply its first edges."""
+    graph, g = Graph(4, 3), torch.Generator().manual_seed(0)
+    scores = torch.randn(graph.edges.shape, generator=g)
+    order = ranking(scores, graph, signed=False)
+    kept = best(order, 150, graph)
+    assert torch.equal(drawable(order, kept, graph, int(kept.sum())), kept)
+    few = drawable(order, kept, graph, 24)
+    sizes = [int(best(order, n, graph).sum()) for n in range(150)]
+    first = next(n for n, size in enumerate(sizes) if size > 24)
+    assert 0 < few.sum() == max(sizes[:first]) <= 24 and not (few & ~kept).any()
+    assert set(graph.names_of(few)) == pruned(graph.names_of(few))
 
 
 def test_the_code_in_the_readme_runs():

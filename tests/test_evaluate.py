@@ -17,7 +17,7 @@ import torch
 import evaluate
 import models
 import tasks
-from support import commandline, processes, resume, statistics
+from support import commandline, options, processes, resume, statistics
 from support.prompts import read_pairs
 from support.tokenizer import BYTE_OF_CHAR, load_tokenizer
 
@@ -400,7 +400,7 @@ def test_a_model_that_fails_leaves_those_before_it(tiny, run, tmp_path):
 
 
 def test_the_papers_models_are_those_of_table_5():
-    assert commandline.GROUPS["paper"] == [*evaluate.TABLE_5]
+    assert options.GROUPS["paper"] == [*evaluate.TABLE_5]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

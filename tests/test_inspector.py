@@ -1,4 +1,4 @@
-"""inspect.html: what is in it, and what it does in a real browser.
+"""inspect.html, of nodes and of a circuit of edges: what is in it, and what it does in a real browser.
 
 The browser is headless Chromium, driven through chromedriver by plain HTTP (the WebDriver protocol).
 """
@@ -18,9 +18,12 @@ import pytest
 
 import evaluate
 import tasks
+from beyond.edges import files
+from beyond.edges.__main__ import TEMPLATE
+from beyond.edges.graph import Graph
 from support import inspector
 from support.positions import laid_over, overlay
-from support.scoring import AP, ATP, Method
+from support.scoring import AP, ATP, Method, Scores
 from support.tokenizer import load_tokenizer
 from tasks import Pair
 
@@ -55,7 +58,7 @@ SUMMARY = {"arguments": {"seed": 3, "corruption": "s2", "shard": False}, "versio
 
 
 def made_up(pairs, nodes=NODES, n_layers=4, methods=METHODS, parts=None):
-    """Scores of these pairs, NaN beyond each prompt, with AP, AtP and RelP that differ; and the metric's values."""
+    """Scores of these pairs, NaN beyond each prompt, with AP, AtP and RelP that differ."""
     rng, longest = np.random.default_rng(0), max(len(pair.original) for pair in pairs)
     beyond = np.arange(longest) >= np.array([len(pair.original) for pair in pairs])[:, None]
     scores = {}
@@ -65,7 +68,9 @@ def made_up(pairs, nodes=NODES, n_layers=4, methods=METHODS, parts=None):
             values = (rng.standard_normal(shape) ** 3).astype(np.float32)
             values.swapaxes(1, 2)[beyond] = np.nan
             scores[m.name, node] = values
-    return scores, rng.standard_normal((len(pairs), 2))
+    values, likely = rng.standard_normal((len(pairs), 2)), rng.integers(0, 9, (len(pairs), 10))
+    chances = np.tile([0.5, 0.2, 0.1, 0.05, 0.01], 2)[None].repeat(len(pairs), 0)
+    return Scores(scores, values, np.ones((len(pairs), 2)), likely, chances, {})
 
 
 def data_of(path):
@@ -97,8 +102,8 @@ def pairs():
 
 
 def test_the_numbers_are_those_of_the_scores(pairs, tmp_path):
-    scores, values = made_up(pairs)
-    shown = inspector.of_nodes("toy-gpt2", scores, METHODS, NODES, pairs, "logit_diff", values)
+    found = made_up(pairs)
+    shown = inspector.of_nodes("toy-gpt2", found, METHODS, NODES, pairs, "logit_diff")
     inspector.write(tmp_path / "inspect.html", shown, SUMMARY)
     assert (tmp_path / "inspect.html").stat().st_size <= 3e5
     text = (tmp_path / "inspect.html").read_text()
@@ -107,11 +112,11 @@ def test_the_numbers_are_those_of_the_scores(pairs, tmp_path):
     assert [kind["name"] for kind in shown["kinds"]] == NODES and len(shown["examples"]) == shown["n_pairs"] == 100
     for kind in shown["kinds"]:
         for m in METHODS:
-            of_pairs = scores[m.name, kind["name"]]
+            of_pairs = found.scores[m.name, kind["name"]]
             assert np.isnan(of_pairs).any()
             is_close(kind["each"][m.name], of_pairs)
             is_close(kind["mean"][m.name], laid_over(of_pairs, at))
-    for pair, example, value in zip(pairs, shown["examples"], values.tolist()):
+    for pair, example, value in zip(pairs, shown["examples"], found.values.tolist()):
         words = load_tokenizer("toy-gpt2")
         for part in ("original", "patch", "answers"):
             assert [shown["tokens"][i] for i in example[part]] == [words.decode([i]) for i in getattr(pair, part)]
@@ -120,11 +125,11 @@ def test_the_numbers_are_those_of_the_scores(pairs, tmp_path):
 
 def test_parts_of_a_cell_are_its_strongest(pairs):
     pairs = pairs[:3]
-    scores, values = made_up(pairs, ["mlp_out", "neuron"], parts={"neuron": (20,)})
-    shown = inspector.of_nodes("toy-gpt2", scores, METHODS, ["mlp_out", "neuron"], pairs, "logit_diff", values)
+    found = made_up(pairs, ["mlp_out", "neuron"], parts={"neuron": (20,)})
+    shown = inspector.of_nodes("toy-gpt2", found, METHODS, ["mlp_out", "neuron"], pairs, "logit_diff")
     kind = shown.kinds[1]
     assert kind.wholes == ["mlp_hidden", "mlp_out"] and kind.parts["of"] == 20 and shown.kinds[0].parts is None
-    of = {m.name: scores[m.name, "neuron"] for m in METHODS}
+    of = {m.name: found.scores[m.name, "neuron"] for m in METHODS}
     is_close(kind.each["relp"], of["relp"].sum(-1))
     k = kind.parts["each"]["k"]
     index = np.frombuffer(base64.b64decode(kind.parts["each"]["index"]), "<u4").reshape(*of["ap"].shape[:3], k)
@@ -135,9 +140,10 @@ def test_parts_of_a_cell_are_its_strongest(pairs):
 
 
 def test_a_large_run_shows_its_first_pairs_and_the_mean_of_all(pairs, monkeypatch):
-    scores, values = made_up(pairs)
+    found = made_up(pairs)
+    scores = found.scores
     monkeypatch.setattr(inspector, "MOST", 9 * 4 * 16 * 30)
-    shown = inspector.of_nodes("toy-gpt2", scores, METHODS, NODES, pairs, "logit_diff", values)
+    shown = inspector.of_nodes("toy-gpt2", found, METHODS, NODES, pairs, "logit_diff")
     longest = scores["ap", "resid_pre"].shape[2]
     n = 9 * 4 * 16 * 30 // (9 * 4 * longest)
     assert len(shown.examples) == n < shown.n_pairs == 100
@@ -160,8 +166,8 @@ def hostile_model(monkeypatch):
     ids = tuple(range(len(HOSTILE)))
     roles = tuple(HOSTILE)
     pairs = [Pair(ids, (1, 0, *ids[2:]), (0, 3), roles, "g"), Pair(ids[:4], (1, *ids[1:4]), (5, 6), roles[:4], "h")]
-    scores, values = made_up(pairs)
-    return inspector.of_nodes("</script>&amp;", scores, METHODS, NODES, pairs, "logit_diff", values)
+    found = made_up(pairs)
+    return inspector.of_nodes("</script>&amp;", found, METHODS, NODES, pairs, "logit_diff")
 
 
 def test_hostile_prompts_are_data(monkeypatch, tmp_path):
@@ -315,11 +321,11 @@ def browser():
 def nodes_page(pairs, tmp_path_factory):
     """A page of a run with heads, and its scores."""
     nodes = [*NODES, "head"]
-    scores, values = made_up(pairs[:6], nodes, parts={"head": (4,)})
-    shown = inspector.of_nodes("toy-gpt2", scores, METHODS, nodes, pairs[:6], "logit_diff", values)
+    scores = made_up(pairs[:6], nodes, parts={"head": (4,)})
+    shown = inspector.of_nodes("toy-gpt2", scores, METHODS, nodes, pairs[:6], "logit_diff")
     path = tmp_path_factory.mktemp("page") / "inspect.html"
     inspector.write(path, shown, SUMMARY)
-    return SimpleNamespace(path=path, scores=scores, pairs=pairs[:6], values=values)
+    return SimpleNamespace(path=path, scores=scores.scores, pairs=pairs[:6], values=scores.values, likely=scores.likely)
 
 
 def expect(shown, scores, index):
@@ -417,6 +423,50 @@ def test_the_largest_error_in_three_clicks(browser, nodes_page):
     assert browser.faults() == ([], [])
 
 
+def test_a_fault_is_listed_once_and_how_often(browser, nodes_page):
+    """By any method, over all pairs and nodes: the largest error of each role and node, and the pairs of half of it."""
+    browser.open(nodes_page.path)
+    browser.choose("#list-method", "any")
+    browser.choose("#list-scope", "everything")
+    sizes = {}  # {(node, role): {pair: the largest error, and whose}}
+    for node in (*NODES, "head"):
+        for i, pair in enumerate(nodes_page.pairs):
+            scores = {m: x.sum(-1) if x.ndim > 2 else x for m, x in of_kind(nodes_page, node, i).items()}
+            for m in ("atp", "relp"):
+                error = np.abs(scores[m] - scores["ap"])[:, : len(pair.original)].max(0)
+                for role, size in zip(pair.roles, error):
+                    of_role = sizes.setdefault((node, role), {})
+                    of_role[i] = max((float(size), m), of_role.get(i, (0, "")))
+    order = sorted(sizes.items(), key=lambda item: -max(item[1].values())[0])[:10]
+    lines = browser.run(
+        "return [...document.querySelectorAll('#list tr')].map(row => [...row.children].map(cell => cell.textContent))"
+    )
+    labels = {"atp": "AtP", "relp": "RelP"}
+    for (what, value, _, often), ((node, role), of_pairs) in zip(lines, order, strict=True):
+        size, m = max(of_pairs.values())
+        pair = next(i for i, found in of_pairs.items() if found == (size, m))
+        assert what.startswith(f"{labels[m]}, {node}, layer ") and what.endswith(f", {role.strip()}, pair {pair + 1}")
+        assert abs(number(value)) == pytest.approx(size, rel=1e-2)
+        assert often == f"in {sum(x >= size / 2 for x, _ in of_pairs.values())} of 6 pairs"
+    assert len({tuple(key) for key, _ in order}) == 10
+
+
+def test_the_next_tokens_of_both_runs(browser, nodes_page):
+    browser.open(nodes_page.path)
+    assert browser.run("return document.querySelectorAll('.next').length") == 0  # the mean has none
+    browser.choose("#pair", 3)
+    lines = browser.run("return [...document.querySelectorAll('.next')].map(line => line.textContent)")
+    for run, line, ids in zip(("original", "patch"), lines, nodes_page.likely[3].reshape(2, 5)):
+        assert line.startswith(f"{run}, next: ") and [float(x) for x in re.findall(r"([\d.]+) %", line)] == [
+            50,
+            20,
+            10,
+            5,
+            1,
+        ]
+        assert all(load_tokenizer("toy-gpt2").decode([int(i)]).strip() in line for i in ids)
+
+
 def test_a_click_opens_the_heads_of_a_cell(browser, nodes_page):
     browser.open(nodes_page.path)
     browser.choose("#kind", 1)  # attn_out is made of heads
@@ -455,16 +505,21 @@ def test_the_scatter_and_the_maps_are_linked(browser, nodes_page):
     assert browser.faults() == ([], [])
 
 
+def emulate(browser, scheme):
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.post("/goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params={"features": features})
+
+
 def test_light_and_dark(browser, nodes_page):
+    """As the system has it, also if that changes while the page is open."""
     browser.open(nodes_page.path)
     background = "return getComputedStyle(document.body).backgroundColor"
-    light, pressed = browser.run(background), "return document.querySelector('#dark').getAttribute('aria-pressed')"
-    assert browser.run(pressed) == "false"
-    browser.click("#dark")
-    dark = browser.run(background)
-    assert browser.run(pressed) == "true" and sum(map(int, re.findall(r"\d+", dark)[:3])) < 100
-    browser.click("#dark")
-    assert browser.run(background) == light
+    for scheme in ("light", "dark", "light"):
+        emulate(browser, scheme)
+        brightness = sum(map(int, re.findall(r"\d+", browser.run(background))[:3]))
+        assert (brightness < 100) == (scheme == "dark"), scheme
+        colours = browser.run("return [theme(), color(0)]")
+        assert colours == [scheme, {"light": "rgb(240,240,238)", "dark": "rgb(42,46,55)"}[scheme]]
     browser.click("#how")
     assert (
         "1/65534" in browser.text("#help") and browser.run("return document.querySelector('#help').offsetHeight") > 50
@@ -487,12 +542,12 @@ def test_hostile_prompts_in_a_browser(browser, monkeypatch, tmp_path):
 
 def test_a_run_without_ap(browser, pairs, tmp_path):
     methods = METHODS[1:]
-    scores, values = made_up(pairs[:3], methods=methods)
-    shown = inspector.of_nodes("toy-gpt2", scores, methods, NODES, pairs[:3], "logit_diff", values)
+    found = made_up(pairs[:3], methods=methods)
+    shown = inspector.of_nodes("toy-gpt2", found, methods, NODES, pairs[:3], "logit_diff")
     inspector.write(tmp_path / "inspect.html", shown, SUMMARY)
     browser.open(tmp_path / "inspect.html")
     browser.mouse(*browser.at("relp", 1, 3), click=True)
-    means = laid_over(scores["relp", "resid_pre"], overlay(pairs[:3])[1])
+    means = laid_over(found.scores["relp", "resid_pre"], overlay(pairs[:3])[1])
     assert browser.shown()[1]["relp"] == [pytest.approx(means[1, 3], abs=2e-3)]
     assert browser.run("return document.querySelector('#error').disabled") and "strongest" in browser.text(
         "#list-title"
@@ -508,9 +563,10 @@ def test_the_address_shows_the_same_again(browser, nodes_page):
     browser.choose("#pair", 3)
     browser.mouse(*browser.at("relp", 2, 5), click=True)
     browser.run("document.querySelector('#error').click()")
+    browser.choose("#list-method", "atp")
     address, words = browser.run("return location.href"), browser.text("#where")
-    assert "node=attn_out" in address or "node=" in address
-    state = "return JSON.stringify([state.kind, state.pair, state.opened, state.error])"
+    assert "node=attn_out" in address and "method=atp" in address
+    state = "return JSON.stringify([state.kind, state.pair, state.opened, state.error, state.method])"
     before = browser.run(state)
     browser.request("POST", "/url", {"url": "about:blank"})
     browser.request("POST", "/url", {"url": address})
@@ -592,3 +648,74 @@ def test_the_list_of_runs(tmp_path, capsys):
     assert len(lines) == 2 and "mlp_out 0.750" in lines[0] and "mlp_out 0.250" in lines[1] and "<td>7</td>" in lines[0]
     assert "b &lt;i&gt;" in lines[0] and 'href="b%20%3Ci%3E/inspect.html"' in lines[0] and "<i>" not in page
     assert f"written to {tmp_path / 'a'}/\n  all runs: {tmp_path}/index.html" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page of a circuit of edges
+
+
+@pytest.fixture(scope="module")
+def circuit_page(tmp_path_factory):
+    names = ["input->m0", "m0->a2.h1<v>", "input->a2.h1<k>", "a2.h1->logits", "m0->logits"]
+    scores = [-9.0, -4.0, 2.5, -1.25, -0.001]
+    edges = [{"edge": e, "score": x, "role": "S2", "scores": {"relp": x, "atp": x / 2}} for e, x in zip(names, scores)]
+    page = files.page("a <b>circuit</b>", edges, Graph(3, 2), {"relp": "RelP", "atp": "AtP"}, "logit_diff")
+    path = tmp_path_factory.mktemp("circuit") / "inspect.html"
+    inspector.write(path, page, SUMMARY, TEMPLATE)
+    return path
+
+
+def lit(browser):
+    """The names of boxes and edges in the picture that have not faded."""
+    return set(browser.run("return [...document.querySelectorAll('svg .on')].map((x) => x.dataset.name)"))
+
+
+def test_a_circuit_is_drawn_with_its_edges_and_their_weights(browser, circuit_page):
+    browser.open(circuit_page)
+    texts = browser.run("return [...document.querySelectorAll('svg text')].map((x) => x.textContent)")
+    boxes, weights = {"input", "m0", "a2.h1", "logits"}, {"−9", "−4", "+2.5", "−1.25", "−0.001"}
+    assert set(texts) == boxes | weights | {"S2"} and browser.text("h1") == "a <b>circuit</b>"
+    dashed = browser.run(
+        "return [...document.querySelectorAll('path[stroke-dasharray]')].map((x) => x.parentNode.dataset.name)"
+    )
+    assert dashed == ["input->a2.h1<k>"]
+    rows = browser.run("return [...document.querySelectorAll('#edges tr')].map((x) => x.textContent)")
+    assert rows[0] == "edgeatRelPAtP" and rows[2] == "m0->a2.h1<v>S2−4−2" and len(rows) == 6
+    assert "seed 3" in browser.text("#about") and "S2: B1's second mention" in browser.text("#words")
+    assert browser.faults() == ([], [])
+
+
+def test_a_box_or_an_edge_is_chosen_by_mouse_keyboard_and_address(browser, circuit_page):
+    browser.open(circuit_page)
+    assert lit(browser) == set()
+    browser.click("svg [data-name='a2.h1']")
+    of_head = {"a2.h1", "m0", "input", "logits", "m0->a2.h1<v>", "input->a2.h1<k>", "a2.h1->logits"}
+    assert lit(browser) == of_head and browser.text("#chosen") == "a2.h1: 3 edges"
+    browser.keys("\ue00c")  # Escape
+    assert lit(browser) == set()
+    browser.run("document.querySelector(\"svg [data-name='m0->logits']\").focus()")
+    browser.keys("\ue007")  # Enter
+    assert lit(browser) == {"m0", "logits", "m0->logits"} and "m0 gives to the logits" in browser.text("#chosen")
+    address = browser.run("return location.href")
+    browser.post("/url", url="about:blank")
+    browser.post("/url", url=address)
+    assert lit(browser) == {"m0", "logits", "m0->logits"}
+    browser.click("#edges tr:nth-child(3) button")
+    assert lit(browser) == {"m0", "a2.h1", "m0->a2.h1<v>"} and browser.faults() == ([], [])
+
+
+@pytest.mark.parametrize("size", [(1440, 900), (800, 600), (390, 800)])
+def test_both_pages_fit_three_windows_in_both_schemes(browser, nodes_page, circuit_page, size):
+    browser.request("POST", "/window/rect", {"width": size[0], "height": size[1]})
+    try:
+        for path, scheme in ((p, scheme) for p in (nodes_page.path, circuit_page) for scheme in ("light", "dark")):
+            emulate(browser, scheme)
+            browser.open(path)
+            assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth + 1"), (path, scheme)
+            brightness = browser.run(
+                "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+            )
+            assert (sum(brightness[:3]) < 100) == (scheme == "dark") and browser.faults() == ([], [])
+    finally:
+        emulate(browser, "light")
+        browser.request("POST", "/window/rect", {"width": 1280, "height": 900})

@@ -37,7 +37,11 @@ def test_a_models_folder_that_cannot_be(tiny, run, tmp_path):
     (tmp_path / "out" / "gemma2-ioi").write_text("precious")
     code, _, err = run("--model", tiny["gpt2"], tiny["gemma2"], "--pairs", 3, "--no-plot")
     assert code == 2 and len(err) == 1 and "gemma2-ioi" in err[0]
-    assert sorted(p.name for p in (tmp_path / "out" / "gpt2-ioi").iterdir()) == ["scores.npz", "summary.json"]
+    assert sorted(p.name for p in (tmp_path / "out" / "gpt2-ioi").iterdir()) == [
+        "scores.csv",
+        "scores.npz",
+        "summary.json",
+    ]
     assert (tmp_path / "out" / "gemma2-ioi").read_text() == "precious"
 
 

@@ -1,6 +1,7 @@
 """What is printed: the tables of summaries made by hand, of a whole run, the help, and nothing else."""
 # ruff: noqa: F811 (fixtures that are imported)
 
+import csv
 import io
 import json
 import os
@@ -19,7 +20,9 @@ from tqdm import tqdm
 import evaluate
 import tasks
 from support import scoring, tables
+from support.scoring import AP, Method
 from support.tokenizer import load_tokenizer
+from tasks import Pair
 
 ROOT = Path(__file__).parents[1]
 
@@ -320,13 +323,32 @@ def test_the_papers_numbers_stand_beside_the_same_experiment_only(arguments, sho
 # Everything else that is printed
 
 
+def test_scores_as_csv():
+    """The mean by role: two pairs, one of which is longer; heads have a line each."""
+    roles = [("a", "b"), ("a", "b", "c,")]
+    pairs = [Pair((1,) * len(r), (2,) * len(r), (3, 4), r, str(i)) for i, r in enumerate(roles)]
+    whole = np.array([[[1.0, 2, np.nan]], [[3, 4, 5]]])  # [pair, layer, position]
+    scores = {(m, node): x * factor for node, x in (("mlp_out", whole), ("head", whole[..., None] * [1, 10]))
+              for m, factor in (("ap", 1), ("relp", -2))}  # fmt: skip
+    text = tables.as_csv(scores, [AP, Method("relp", "RelP")], ["mlp_out", "head"], pairs)
+    lines = list(csv.DictReader(io.StringIO(text)))
+    found = [(line["node"], line["role"], line["part"], float(line["ap"]), float(line["relp"])) for line in lines]
+    assert found[:3] == [("mlp_out", "a", "", 2, -4), ("mlp_out", "b", "", 3, -6), ("mlp_out", "c,", "", 5, -10)]
+    assert found[3:5] == [("head", "a", "0", 2, -4), ("head", "a", "1", 20, -40)] and len(found) == 9
+    assert {line["layer"] for line in lines} == {"0"}
+
+
 def start(*arguments):
     env = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "evaluate.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_help_is_one_screen():
+def test_help_is_one_screen_and_needs_no_torch(tmp_path, monkeypatch):
+    for package in ("torch", "numpy"):
+        (tmp_path / f"{package}.py").write_text("raise SystemExit('imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "imported" in start().stderr  # the trap works
     done = start("--help")
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and done.stderr == "" and len(lines) <= 60

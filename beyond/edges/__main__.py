@@ -11,6 +11,7 @@ import itertools
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,24 +19,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from beyond.edges import figure, files, tables
-from beyond.edges.circuits import ranking
+from beyond.edges.circuits import drawable, ranking
 from beyond.edges.graph import Graph, ungrouped
 from beyond.edges.judging import SHARES, Judge, areas, curve, smallest, stability
 from beyond.edges.patching import patch_edges
 from beyond.edges.scores import attribute_edges
 from beyond.methods import method
 from models import Transformer
-from support import statistics
-from support.commandline import PAIR, TOYS, common_parser, load_model, names, parse, prompt_pairs, run, text, whole
-from support.inspector import tokenizer_of
+from support import inspector, statistics
+from support.commandline import load_model, parse, prompt_pairs, run
+from support.options import PAIR, TOYS, common_parser, names, text, whole
 from support.positions import laid_over, overlay
 from support.processes import say, world
 from support.prompts import split, tensors
-from support.results import folder_of, save, save_figure, save_json, slug, versions
+from support.results import folder_of, replacing, save, save_figure, save_json, slug, versions
 from support.scoring import AP, BAR, Method, by_batch, check_finite, main_method, two_runs
 from support.statistics import estimate
 from tasks import Pair
 
+MOST = 24  # edges that an eye can take in
+TEMPLATE = Path(__file__).with_name("circuit.html")
 DEFAULT = ["atp", "relp", "twopoint", "eap-ig-5"]
 N_RESAMPLES = 200  # of the pairs that circuits are found on, for their stability
 
@@ -81,9 +84,10 @@ def evaluate_edges(name: str, o: argparse.Namespace) -> None:
             f = float(judge.f(kept[m]))
             circuits[m] = {"edges": int(kept[m].sum()), "f": f, "overlap": overlap, "inclusion": inclusion}
 
-    # one circuit edge by edge, and the edges that are verified
+    # a part of one circuit edge by edge, and the edges that are verified
     main = methods[o.methods.index(main_method(o.methods))]
-    edges = describe(model, pairs, kept[main.name], means[main.name], main, o)
+    shown = drawable(ranking(means[main.name], graph, signed=False), kept[main.name], graph, MOST)
+    edges = describe(model, pairs, shown, means, main, o)
     verified = verify(name, model, pairs, means, main, o) if o.verify else None
 
     summary = {
@@ -108,28 +112,30 @@ def evaluate_edges(name: str, o: argparse.Namespace) -> None:
             for m, of in curves.items()
         },
         "circuits": circuits,
-        "drawn": {"method": main.name, "edges": edges},
+        "drawn": {"method": main.name, "f": float(judge.f(shown)), "edges": edges},
         "verified": verified,
         "arguments": vars(o),
         "versions": versions(),
     }
 
-    # files, tables, the picture
-    folder = folder_of(o.out, name, "edges", o.prompts)
-    arrays = files.arrays(graph, scored, pairs, judged)
-    save(folder / "edges.npz", lambda file: np.savez_compressed(file, **arrays))
-    save_json(folder / "graph.json", files.neuronpedia_json(name, graph, edges, pairs, tokenizer_of(name), o.metric))
-    save_json(folder / "summary.json", summary)
-    circuit_files = {folder / f"circuit-{slug(m)}.json": m for m in kept}
-    for path, m in circuit_files.items():
-        save_json(path, files.circuit_json(model.config, means[m], kept[m]))
-    for path in {*folder.glob("circuit*")} - {*circuit_files}:
-        path.unlink()  # an earlier run's
+    # table, files, picture, page
     tables.print_summary(summary, methods)
-    if not o.no_plot:
-        title = f"{name}: {len(edges)} edges with f = {circuits[main.name]['f']:.2f}, found by {main.label}"
-        save_figure(folder / "circuit.png", partial(figure.draw, title, edges, graph))
-    say(f"  written to {folder}/")
+    folder, tokenizer = folder_of(o.out, name, "edges", o.prompts), inspector.tokenizer_of(name)
+    arrays = files.arrays(graph, scored, pairs, judged)
+    with replacing(folder, "circuit*", "inspect.html") as new:
+        save(new / "edges.npz", lambda file: np.savez_compressed(file, **arrays))
+        save_json(new / "summary.json", summary)
+        save_json(new / "graph.json", files.neuronpedia_json(name, graph, edges, pairs, tokenizer, o.metric))
+        for m in kept:
+            save_json(new / f"circuit-{slug(m)}.json", files.circuit_json(model.config, means[m], kept[m]))
+        if not o.no_plot:
+            n, f = circuits[main.name]["edges"], summary["drawn"]["f"]
+            some = f"{len(edges)} of the {n} edges" if len(edges) < n else f"the {n} edges"
+            title = f"{name}: {some} of {main.label}'s circuit; by themselves they do {f:.0%} of the task"
+            save_figure(new / "circuit.png", partial(figure.draw, title, edges, graph))
+            page = files.page(title, edges, graph, {m.name: m.label for m in methods}, o.metric)
+            inspector.write(new / "inspect.html", page, summary, TEMPLATE)
+    inspector.finish(folder)
 
 
 def choose_pairs(name: str, model: Transformer, o: argparse.Namespace) -> tuple[list[Pair], list[Pair], str]:
@@ -177,8 +183,8 @@ def score_edges(
 
     def score(numbers: list[int], rows: int) -> dict[str, Tensor]:
         original, patch, answers = tensors([pairs[i] for i in numbers], o.device)
-        result = two_runs(model, original, patch, answers, o.metric)
-        targets = result.pop("targets")
+        runs = two_runs(model, original, patch, answers, o.metric)
+        result, targets = {what: runs[what] for what in ("values", "right")}, runs["targets"]
         for m in methods:
             bar.set_description_str(f"{title} {m.label}")
             began = time.perf_counter()
@@ -214,8 +220,10 @@ def pairs_at_once(model: Transformer, pairs: list[Pair]) -> int:
     return max(1, (2**26 if model.embed_tokens.weight.is_cuda else 2**23) // streams)
 
 
-def describe(model: Transformer, pairs: list[Pair], kept: Tensor, means: Tensor, m: Method, o) -> list[dict]:
-    """The edges of a circuit, the strongest first, each with the role of the position at which it matters most."""
+def describe(model: Transformer, pairs: list[Pair], kept: Tensor, means: dict, m: Method, o) -> list[dict]:
+    """The edges of a circuit by one method, the strongest first: each with the role of the position at which it matters
+    most, and with its score by every method.
+    """
     labels, at = overlay(pairs)
     scores = np.full((len(pairs), 1, max(len(pair.original) for pair in pairs), int(kept.sum())), np.nan)
 
@@ -228,8 +236,11 @@ def describe(model: Transformer, pairs: list[Pair], kept: Tensor, means: Tensor,
     for numbers, of_batch in by_batch(model, pairs, score, o.batch_size, pairs_at_once(model, pairs)):
         scores[numbers, 0, : of_batch.shape[1]] = of_batch.numpy()
     roles = [labels[i].strip() for i in np.abs(laid_over(scores, at)[0]).argmax(0)]
-    of_edges = zip(Graph.of(model.config).names_of(kept), means[kept].tolist(), roles)
-    edges = [{"edge": name, "score": score, "role": role} for name, score, role in of_edges]
+    every = zip(*(of[kept].tolist() for of in means.values()))
+    edges = [
+        {"edge": name, "score": (scores := dict(zip(means, of)))[m.name], "role": role, "scores": scores}
+        for name, of, role in zip(Graph.of(model.config).names_of(kept), every, roles)
+    ]
     return sorted(edges, key=lambda edge: -abs(edge["score"]))
 
 

@@ -8,6 +8,7 @@ A score is metric(patched) - metric(original): an edge that does something for t
 """
 
 from collections.abc import Callable
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -43,6 +44,14 @@ def best(order: Tensor, n: int, graph: Graph) -> Tensor:
     kept = torch.zeros(graph.edges.numel(), dtype=torch.bool)
     kept[order[:n]] = True
     return pruned(kept.view_as(graph.edges), graph)
+
+
+def drawable(order: Tensor, kept: Tensor, graph: Graph, most: int) -> Tensor:
+    """A circuit, or if it has more than `most` edges, the largest of the first circuits of its ranking that has not."""
+    if kept.sum() <= most:
+        return kept
+    sizes = (best(order, n, graph) for n in range(len(order)))
+    return max(takewhile(lambda few: few.sum() <= most, sizes), key=lambda few: int(few.sum()))
 
 
 def pruned(kept: Tensor, graph: Graph) -> Tensor:

@@ -1,13 +1,15 @@
 """The files of an edge run: edges.npz, circuits in EAP-IG's format, and the drawn one as Neuronpedia shows graphs."""
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from beyond.edges.graph import Graph
+from beyond.edges.layout import HEIGHT, WIDTH, ends, layout
 from models import Config
-from support.positions import overlay
+from support.positions import legend, overlay
 from support.prompts import prompt_arrays
 from tasks import Pair, Tokenizer, labels
 
@@ -40,7 +42,7 @@ def circuit_json(c: Config, scores: Tensor, kept: Tensor) -> dict:
         name: {"score": -score, "in_graph": on}
         for name, score, on in zip(graph.names, scores[graph.edges].tolist(), kept[graph.edges].tolist())
     }
-    of_circuit = {node for name, edge in edges.items() if edge["in_graph"] for node in ends(name)}
+    of_circuit = {node for name, edge in edges.items() if edge["in_graph"] for node in ends(name)[:2]}
     nodes = dict(zip(graph.writers, (-scores.where(graph.edges, 0).sum(1)).tolist()))
     nodes = {name: {"in_graph": name in of_circuit, "score": score} for name, score in nodes.items()}
     return {
@@ -55,10 +57,26 @@ def circuit_json(c: Config, scores: Tensor, kept: Tensor) -> dict:
     }
 
 
-def ends(edge: str) -> tuple[str, str]:
-    """The two nodes of an edge: a0.h1 and a2.h0 of a0.h1->a2.h0<k>."""
-    writer, reader = edge.split("->")
-    return writer, reader.partition("<")[0]
+@dataclass
+class Page:
+    """What circuit.html shows: see layout.Drawn; edges as figure.draw() takes them, with "scores" by every method."""
+
+    title: str
+    metric: str
+    methods: dict[str, str]  # {name: label}
+    edges: list[dict]
+    boxes: dict[str, tuple[float, float]]
+    size: tuple[float, float]  # of a box
+    meanings: str  # of the positions
+
+
+def page(title: str, edges: list[dict], graph: Graph, methods: dict[str, str], metric: str) -> Page:
+    drawn, edges = layout([edge["edge"] for edge in edges], graph), [dict(edge) for edge in edges]
+    for edge, points, at in zip(edges, drawn.points, drawn.labels):
+        writer, reader, kind = ends(edge["edge"])
+        edge |= {"writer": writer, "reader": reader, "kind": kind, "points": points, "at": at}
+    meanings = legend([edge["role"] for edge in edges])
+    return Page(title, metric, methods, edges, drawn.boxes, (WIDTH, HEIGHT), meanings)
 
 
 def neuronpedia_json(
@@ -92,7 +110,7 @@ def neuronpedia_json(
     nodes = {component: node(component) for component in [*graph.writers, "logits"] if component in places}
     links = {}  # a head reads with q, k and v: one link is their sum
     for edge in edges:
-        link = tuple(nodes[component]["node_id"] for component in ends(edge["edge"]))
+        link = tuple(nodes[component]["node_id"] for component in ends(edge["edge"])[:2])
         links[link] = links.get(link, 0.0) - edge["score"]
     description = (
         f"A circuit of edges between heads and MLPs. A weight is positive if {metric} falls when the edge is patched: "
