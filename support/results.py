@@ -118,7 +118,9 @@ def save_figure(path: Path, draw: Callable, dpi: int = 130) -> None:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    """The source is that of a forward pass and of AP: two runs with the same twelve letters computed alike."""
+    packages = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return packages | {"source": SOURCE[:12]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

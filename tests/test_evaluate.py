@@ -5,6 +5,7 @@ What is printed is tested in test_tables.py, bad input in test_bad_input.py, fol
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -218,7 +219,9 @@ def test_summary_says_how_it_was_made(tiny, results):
     summary, _ = results(tiny["gpt2"], "--pairs", 3, "--seed", 5, "--corruption", "s2", "--rules", "ln,epsilon=0.5")
     given = {"task": "ioi", "seed": 5, "corruption": "s2", "pairs": 3, "rules": "ln,epsilon=0.5"}
     assert given.items() <= summary["arguments"].items()
-    assert summary["versions"]["torch"] == torch.__version__ and {"python", "numpy"} <= summary["versions"].keys()
+    versions = summary["versions"]
+    assert versions["torch"] == torch.__version__ and {"python", "numpy"} <= versions.keys()
+    assert re.fullmatch("[0-9a-f]{12}", versions["source"])
     assert (
         summary["metric"] == "logit_diff"
         and summary["seconds"].keys() == {"ap", "atp", "relp"}
