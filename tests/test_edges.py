@@ -10,7 +10,7 @@ import models
 import relp
 import support.families  # noqa: F401
 from beyond import twopoint
-from beyond.edges.circuits import Circuits, best, pruned, ranking
+from beyond.edges.circuits import Circuits, along_paths, best, pruned, ranking
 from beyond.edges.files import circuit_json
 from beyond.edges.graph import Graph, stream_of, ungrouped, written_by_heads
 from beyond.edges.judging import SHARES, area, areas, stability
@@ -337,6 +337,33 @@ def test_edges_are_ranked_by_what_they_do_for_the_behaviour_or_at_all():
     scores = torch.arange(15.0).view(3, 5) % 7 - 3  # [[-3 -2 -1 0 1], [2 3 -3 -2 -1], [0 1 2 3 -3]]
     assert ranking(scores, graph, signed=True).tolist() == [0, 14, 1, 8, 2, 9, 3, 4]  # the most negative first
     assert ranking(scores, graph, signed=False).tolist() == [0, 14, 1, 8, 2, 4, 9, 3]
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_the_strongest_path_through_an_edge(parallel):
+    """By a walk along every path. The edges above any strength are a circuit that needs no pruning."""
+    graph = Graph(2, 2, parallel)
+    strength = torch.rand(graph.edges.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    leaving = {}
+    for name, size in zip(graph.names, strength[graph.edges].tolist()):
+        writer, reader = name.split("->")
+        leaving.setdefault(writer, []).append((name, reader.partition("<")[0], size))
+    through = {}
+
+    def walk(node, path, weakest):
+        if node == "logits":
+            for name in path:
+                through[name] = max(weakest, through.get(name, 0))
+        for name, reader, size in leaving.get(node, []):
+            walk(reader, [*path, name], min(weakest, size))
+
+    walk("input", [], math.inf)
+    found = along_paths(strength, graph)
+    wanted = torch.tensor([through[name] for name in graph.names], dtype=torch.float64)
+    torch.testing.assert_close(found[graph.edges], wanted, atol=1e-8, rtol=0)
+    for least in wanted.unique().tolist():
+        kept = graph.in_matrix(wanted >= least)
+        assert torch.equal(pruned(kept, graph), kept)
 
 
 def circuit_of(graph, *names):

@@ -39,6 +39,25 @@ def ranking(scores: Tensor, graph: Graph, signed: bool) -> Tensor:
     return numbers[good.argsort(descending=True, stable=True)]
 
 
+def along_paths(strength: Tensor, graph: Graph) -> Tensor:
+    """Of each edge, how strong the strongest path from input to logits through it is: as strong as its weakest edge.
+
+    strength: float [writers, readers], 0 or more. Of the edges of one path the stronger comes first.
+    """
+    logits = len(graph.writers)
+    numbers = {name: i for i, name in enumerate([*graph.writers, "logits"])}
+    node = torch.tensor([numbers[name.partition("<")[0]] for name in graph.readers])  # whose reader it is
+    strength = strength.double().where(graph.edges, 0)
+    before, after = torch.zeros(2, logits + 1, dtype=torch.float64)  # of the strongest path to a node, and from it
+    before[0] = after[logits] = torch.inf
+    for i in range(1, logits):
+        before[i] = torch.minimum(before[:logits, None], strength)[:, node == i].max()
+    for i in reversed(range(logits)):
+        after[i] = torch.minimum(strength[i], after[node]).max()
+    of_path = torch.minimum(strength, torch.minimum(before[:logits, None], after[node]))
+    return of_path + 1e-9 * strength
+
+
 def best(order: Tensor, n: int, graph: Graph) -> Tensor:
     """The circuit of the first n edges of a ranking, pruned."""
     kept = torch.zeros(graph.edges.numel(), dtype=torch.bool)
