@@ -319,6 +319,7 @@ def test_a_circuits_run_is_the_definition(load, pair, family):
         wanted = run_by_hand(model, original, patch, answers, kept)
         assert (wanted - whole).abs().max() > 1e-3 and (wanted - empty).abs().max() > 1e-3
         torch.testing.assert_close(run(kept), wanted, **CLOSE)
+        assert torch.equal(run(kept | ~edges), run(kept))  # what is no edge does not count
 
 
 def test_a_circuit_without_one_edge_is_exact_patching_of_it(load, pair):

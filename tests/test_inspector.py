@@ -15,8 +15,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
+import models
 import tasks
 from beyond.edges import files
 from beyond.edges.__main__ import TEMPLATE
@@ -189,6 +191,13 @@ def test_the_command_writes_the_page(tmp_path):
             for m, found in kind["each"].items():
                 is_close(found, file[f"{m}_{kind['name']}"])
         assert [pair["values"] for pair in shown["examples"]] == file["values"].tolist()
+    model, pairs = models.from_pretrained("toy-gpt2"), tasks.ioi(load_tokenizer("toy-gpt2"), 4)
+    for pair, example in zip(pairs, shown["examples"]):
+        original, patch, _ = pair
+        wanted = torch.cat([model(x)[0, -1].softmax(-1).topk(5).values for x in (original, patch)])
+        assert example["chances"] == pytest.approx(wanted.tolist(), abs=1e-4)
+        first = int(model(patch)[0, -1].argmax())
+        assert shown["tokens"][example["likely"][5]] == load_tokenizer("toy-gpt2").decode([first])
     evaluate.main([*given, "--no-plot"])
     assert not page.exists()  # it would show an earlier run
 

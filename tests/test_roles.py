@@ -65,7 +65,7 @@ def test_what_a_head_adds_to_a_logit(name):
 def test_a_head_steers_what_the_movers_look_at():
     model, pairs = models.from_pretrained("toy-qwen2"), some_pairs("toy-qwen2", "s2")
     original, patch, _ = tensors(pairs)
-    movers, head = [(2, 0), (3, 1)], (1, 1)
+    movers, head = [(2, 0), (3, 1)], (0, 1)
     _, theirs = relp.record(model, patch, ["z"])
 
     def swapped(name, layer, x):
