@@ -16,7 +16,7 @@ import sys
 from support.options import evaluate_parser
 
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
-    evaluate_parser().parse_args()  # here it is answered before torch is loaded, which takes seconds
+    evaluate_parser().parse_args()  # answers --help before torch is loaded, which takes seconds
 
 import time
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """The options that the commands share, and those of evaluate.py.
 
-Nothing slow is imported here, so that `python evaluate.py --help` answers at once; a reader of an option's text that
-needs torch imports it. An option's default is text as in the command line, or already a value.
+Nothing slow is imported here, so that `python evaluate.py --help` answers at once: what reads an option's text imports
+torch itself if it needs it. An option's default is text as in the command line, or already a value.
 
 common_parser(prog, description, without)   the common options, without those that have no meaning for this command
 evaluate_parser()                           these and those of evaluate.py

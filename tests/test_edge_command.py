@@ -324,6 +324,20 @@ def test_a_sample_of_edges_is_patched_and_compared(command):
     assert found.summary["agreement"]["relp"]["pooled"][0] == pytest.approx(pooled, abs=1e-5)
 
 
+def test_circuits_along_paths(command):
+    """Without pruning, nearly all edges that a share asks for are there; edge by edge, many lead nowhere."""
+    given = ["--model", "toy-qwen2", "--pairs", 4, "--held-out", 2, "--methods", "relp", "--no-plot"]
+    found, plain = command(*given, "--paths"), command(*given)
+    n = [int(share * found.summary["n_edges"]) for share in SHARES]
+    sizes, fewer = (of.summary["curves"]["relp"]["absolute"]["edges"] for of in (found, plain))
+    assert all(n - 8 <= size <= n for n, size in zip(n, sizes)) and sum(fewer) < sum(sizes)
+    graph = Graph.of(models.from_pretrained("toy-qwen2").config)
+    scores = graph.in_matrix(torch.tensor([found.means("relp")[name] for name in graph.names]))
+    order, kept = ranking(scores, graph, signed=False, paths=True), found.circuit("relp")
+    assert kept in [set(graph.names_of(best(order, n, graph))) for n in range(len(order))] and len(kept) > 3
+    assert found.summary["circuits"]["relp"]["inclusion"].keys() == kept
+
+
 def test_held_out_pairs_of_a_file(command, checkpoint, tmp_path):
     file = jsonl(tmp_path / "some.jsonl", *rows(6))
     how = ["--model", checkpoint("gpt2")[0], "--prompts", file, "--methods", "relp", "--no-plot"]

@@ -418,12 +418,16 @@ def test_areas_are_mibs():
 
 
 def test_stability_counts_what_the_resamples_have_in_common():
-    scores = torch.tensor([[9.0, 5, 1, 0], [9, 1, 5, 0], [-9, 5, 1, 0]])
+    scores, graph = torch.zeros(3, 8), Graph(1, 1)
+    scores[:, :3] = torch.tensor([[9.0, 5, 1], [9, 1, 5], [-9, 5, 1]])
     weights = torch.tensor([[3.0, 0, 0], [0, 3, 0], [1, 1, 1], [0, 0, 3]], dtype=torch.float64)
-    inclusion, overlap = stability(scores, 2, weights)
+    inclusion, overlap = stability(scores, 2, weights, graph)
     # {0, 1}, {0, 2}, {1 (11), 0 (9)}, {0, 1}
-    assert inclusion.tolist() == [1, 0.75, 0.25, 0]
+    assert inclusion.tolist() == [1, 0.75, 0.25, 0, 0, 0, 0, 0]
     assert overlap == pytest.approx((3 * 1 + 3 * (1 / 3)) / 6)
+    direct = graph.names.index("input->logits")
+    scores[:, direct] = 0.5
+    assert stability(scores, 1, weights, graph, paths=True)[0][direct] == 1  # the only path
 
 
 def test_a_circuit_file_has_every_edge_and_the_other_sign(load):

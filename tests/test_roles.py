@@ -31,10 +31,16 @@ def test_attention_and_ap_of_heads_at_the_last_word(name):
     torch.testing.assert_close(found["patched"], truth, atol=1e-4, rtol=1e-4)
     _, acts = relp.record(model, original, ["head_pattern"])
     for i, pair in enumerate(pairs):
-        for role in roles.LOOKS:
+        for role in ("A", "B1", "S2"):
             for layer in range(model.config.n_layers):
                 wanted = acts["head_pattern", layer][i, -1, :, pair.roles.index(role)]
                 torch.testing.assert_close(found[role][i, layer], wanted)
+    s2, b1 = pairs[0].roles.index("S2"), pairs[0].roles.index("B1")
+    found = roles.what_heads_do(model, pairs, "S2")
+    assert found.keys() == {"patched", "B1", "B1+1"}
+    truth = relp.activation_patching(model, original, patch, answers, ["head"])["head"][:, :, s2]
+    torch.testing.assert_close(found["patched"], truth, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found["B1+1"][:, 1], acts["head_pattern", 1][:, s2, :, b1 + 1])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -103,9 +109,9 @@ def test_the_command(tmp_path, capsys):
     each = [relp.activation_patching(model, *tensors([pair]), ["head"])["head"][0, :, -1] for pair in pairs]
     ap = sum(each) / 4
     names = [f"a{i // 4}.h{i % 4}" for i in ap.flatten().abs().argsort(descending=True).tolist()[:10]]
-    assert list(found["swap"]) == names and all(f"  {name}" in out for name in names)
-    assert found["swap"][names[0]]["patched"] == pytest.approx(
-        float(ap.abs().max()) * (-1 if ap.min() < -ap.max() else 1)
-    )
-    assert found["s2"].keys() and all("movers" in of for of in found["s2"].values())
+    assert list(found["swap END"]) == names and all(f"  {name}" in out for name in names)
+    largest = ap.flatten()[ap.flatten().abs().argsort(descending=True)[:10]].tolist()
+    assert [of["patched"] for of in found["swap END"].values()] == pytest.approx(largest, abs=1e-4)
+    assert all("movers" in of for place in ("END", "S2") for of in found[f"s2 {place}"].values())
+    assert all("B1+1" in of for of in found["s2 S2"].values())
     assert run(roles.main, ["--model", "toy-gpt2", "--nodes", "z"]) == 2

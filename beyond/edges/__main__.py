@@ -68,8 +68,8 @@ def evaluate_edges(name: str, o: argparse.Namespace) -> None:
 
     # circuits: of all sizes, judged on the judged pairs; and the smallest that does the task on the others
     size = o.batch_size or pairs_at_once(model, pairs + judged)
-    found_on = Judge(model, pairs, o.metric, o.device, size)
-    judge = found_on if judged is pairs else Judge(model, judged, o.metric, o.device, size)
+    found_on = Judge(model, pairs, o.metric, o.device, size, o.paths)
+    judge = found_on if judged is pairs else Judge(model, judged, o.metric, o.device, size, o.paths)
     of_judged = statistics.resamples([pair.group for pair in judged], seed=o.seed)
     random = {"random": torch.randn(graph.edges.shape, generator=torch.Generator().manual_seed(o.seed))}
     curves, of_areas, kept, circuits = {}, {}, {}, {}
@@ -79,14 +79,15 @@ def evaluate_edges(name: str, o: argparse.Namespace) -> None:
         of_areas[m] = areas(*(f for _, f in curves[m].values()))
         if m in means:
             kept[m], n = smallest(found_on, scores)
-            inclusion, overlap = stability(scored[m], n, weights[1 : 1 + N_RESAMPLES])
+            inclusion, overlap = stability(scored[m], n, weights[1 : 1 + N_RESAMPLES], graph, o.paths)
             inclusion = dict(zip(graph.names_of(kept[m]), graph.in_matrix(inclusion)[kept[m]].tolist()))
             f = float(judge.f(kept[m]))
             circuits[m] = {"edges": int(kept[m].sum()), "f": f, "overlap": overlap, "inclusion": inclusion}
 
     # a part of one circuit edge by edge, and the edges that are verified
     main = methods[o.methods.index(main_method(o.methods))]
-    shown = drawable(ranking(means[main.name], graph, signed=False), kept[main.name], graph, MOST)
+    order = ranking(means[main.name], graph, signed=False, paths=o.paths)
+    shown = drawable(order, kept[main.name], graph, MOST)
     edges = describe(model, pairs, shown, means, main, o)
     verified = verify(name, model, pairs, means, main, o) if o.verify else None
 
@@ -278,6 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--held-out", type=whole, metavar="N", help="other pairs to judge circuits by [templates: 100]")
     parser.add_argument("--judge", type=text, metavar="FILE", help="pairs to judge circuits by, as in --prompts")
     parser.add_argument("--verify", type=whole, metavar="K", help="exact patching of the K edges of largest score")
+    parser.add_argument("--paths", action="store_true", help="choose circuits along paths, not edge by edge")
     parser.add_argument("--sample", type=whole, metavar="K", help="exact patching of K edges drawn at random")
     parser.add_argument("--no-plot", action="store_true", help="draw nothing")
     o = parse(parser, argv)

@@ -28,21 +28,25 @@ from beyond.edges.graph import (
 from models import Transformer, causal_mask, upcast
 
 
-def ranking(scores: Tensor, graph: Graph, signed: bool) -> Tensor:
-    """The numbers of the edges, the best first: those that do most for the behaviour, or (signed=False) at all.
+def ranking(scores: Tensor, graph: Graph, signed: bool, paths: bool = False) -> Tensor:
+    """The numbers of the edges, the best first: signed, the most negative score; else the score of the largest size.
 
-    scores: float [writers, readers]. The numbers are those of the flat tensor.
+    scores: float [writers, readers]. The numbers are those of the flat tensor. paths: an edge counts as much as the
+    strongest path through it.
     """
     numbers = graph.edges.flatten().nonzero()[:, 0]
-    values = scores.flatten()[numbers]
-    good = -values if signed else values.abs()
-    return numbers[good.argsort(descending=True, stable=True)]
+    good = -scores if signed else scores.abs()
+    order = numbers[good.flatten()[numbers].argsort(descending=True, stable=True)]
+    if paths:  # of the edges of one path, the stronger comes first
+        of_paths = along_paths(good.clamp(min=0), graph).flatten()
+        order = order[of_paths[order].argsort(descending=True, stable=True)]
+    return order
 
 
 def along_paths(strength: Tensor, graph: Graph) -> Tensor:
     """Of each edge, how strong the strongest path from input to logits through it is: as strong as its weakest edge.
 
-    strength: float [writers, readers], 0 or more. Of the edges of one path the stronger comes first.
+    strength: float [writers, readers], 0 or more.
     """
     logits = len(graph.writers)
     numbers = {name: i for i, name in enumerate([*graph.writers, "logits"])}
@@ -54,8 +58,7 @@ def along_paths(strength: Tensor, graph: Graph) -> Tensor:
         before[i] = torch.minimum(before[:logits, None], strength)[:, node == i].max()
     for i in reversed(range(logits)):
         after[i] = torch.minimum(strength[i], after[node]).max()
-    of_path = torch.minimum(strength, torch.minimum(before[:logits, None], after[node]))
-    return of_path + 1e-9 * strength
+    return torch.minimum(strength, torch.minimum(before[:logits, None], after[node]))
 
 
 def best(order: Tensor, n: int, graph: Graph) -> Tensor:
@@ -66,11 +69,11 @@ def best(order: Tensor, n: int, graph: Graph) -> Tensor:
 
 
 def drawable(order: Tensor, kept: Tensor, graph: Graph, most: int) -> Tensor:
-    """A circuit, or if it has more than `most` edges, the largest of the first circuits of its ranking that has not."""
+    """A circuit; of one with more than `most` edges, the largest circuit of its ranking's first edges that has not."""
     if kept.sum() <= most:
         return kept
-    sizes = (best(order, n, graph) for n in range(len(order)))
-    return max(takewhile(lambda few: few.sum() <= most, sizes), key=lambda few: int(few.sum()))
+    *_, found = takewhile(lambda few: few.sum() <= most, (best(order, n, graph) for n in range(len(order))))
+    return found
 
 
 def pruned(kept: Tensor, graph: Graph) -> Tensor:
@@ -125,12 +128,12 @@ class Circuits:
     def __call__(self, kept: Tensor) -> Tensor:
         """The metric [b] of the run in which only the edges `kept` carry what this run computes.
 
-        A component whose inputs all carry what the patch run computes repeats the patch run: it is not computed again.
+        A component with no kept edge into it does what it does in the patch run: it is skipped.
         """
         model, graph, c = self.model, self.graph, self.model.config
         embedding, kept = model.embed(self.original), kept & graph.edges
-        changes = torch.empty_like(self.parts)  # what these writers contribute minus what they did in the patch run:
-        writers = []
+        writers = []  # those that are not skipped,
+        changes = torch.empty_like(self.parts)  # and what each contributes minus what it does in the patch run
 
         def write(numbers: list[int], contributions: Tensor) -> None:
             changes[len(writers) : len(writers) + len(numbers)] = contributions - self.parts[numbers]

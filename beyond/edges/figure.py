@@ -15,7 +15,7 @@ AGAINST = "against the behaviour"
 
 
 def draw(title: str, edges: list[dict], graph: Graph) -> Figure:
-    """edges: {"edge": name, "score", "role": the position at which it matters most}, the strongest first.
+    """edges: each with its "edge" (its name), "score" and "role" (where it matters most), the strongest first.
 
     The width of an edge is the size of its score; a dashed one works against the behaviour.
     """
@@ -31,7 +31,7 @@ def draw(title: str, edges: list[dict], graph: Graph) -> Figure:
         look = {"edgecolor": COLORS[kind], "linewidth": 0.6 + 4.4 * abs(score) / largest, "alpha": 0.75}
         ax.add_patch(PathPatch(curve(points), facecolor="none", linestyle="--" if score > 0 else "-", **look))
         box = {"boxstyle": "round,pad=0.08", "fc": "white", "ec": "none", "alpha": 0.85}
-        text = f"{edge['role']}\n{score:.3g}".replace("-", "−")
+        text = f"{edge['role']}\n" + f"{score:.3g}".replace("-", "−")
         ax.annotate(text, at, bbox=box, zorder=2.5, ha="center", va="center", fontsize=7, color=COLORS[kind])
     for name, (x, y) in drawn.boxes.items():
         corner = x - WIDTH / 2, y - HEIGHT / 2
@@ -54,7 +54,7 @@ def draw(title: str, edges: list[dict], graph: Graph) -> Figure:
 
 
 def curve(points: list[tuple[float, float]]) -> Path:
-    """A line through the points that is upright at each of them."""
+    """A line through the points that is vertical at each of them."""
     corners, codes = [points[0]], [Path.MOVETO]
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
         middle = (y0 + y1) / 2

@@ -156,7 +156,8 @@ def written_by_heads(model: Transformer, layer: int, z: Tensor, heads: Tensor | 
     """What these heads add to the stream, [h, b, t, d_model], from their outputs z [b, t, h, d].
 
     In float32 or better. The output matrix's bias belongs to no head: no prompt changes it. Where a norm follows
-    attention (Gemma 2 and 3), it scales the sum of the heads by one number, and so each head's part by the same.
+    attention (Gemma 2 and 3), all heads are needed: it scales their sum by one number, and so each head's part by the
+    same; there the bias is shared out among the heads.
     """
     attn, post = model.blocks[layer].attn, model.blocks[layer].post1
     weight = upcast(attn.o.weight).unflatten(1, (-1, z.shape[3]))[:, heads]

@@ -40,10 +40,13 @@ class Judge:
 
     model  one in which each head has a key and a value of its own: see graph.ungrouped
     size   how many pairs are run together
+    paths  circuits are chosen along paths: see circuits.ranking
     """
 
-    def __init__(self, model: Transformer, pairs: list[Pair], metric: str | Callable, device, size: int = 32):
-        self.model, self.pairs, self.metric, self.device = model, pairs, metric, device
+    def __init__(
+        self, model: Transformer, pairs: list[Pair], metric: str | Callable, device, size: int = 32, paths: bool = False
+    ):
+        self.model, self.pairs, self.metric, self.device, self.paths = model, pairs, metric, device, paths
         self.graph, self.batches = Graph.of(model.config), list(batches(pairs, size))
         n_tokens = sum(len(pair.original) for pair in pairs)
         self.keeps = n_tokens * len(self.graph.writers) * model.config.d_model <= MOST
@@ -78,7 +81,7 @@ class Judge:
 
 def curve(judge: Judge, scores: Tensor, signed: bool, weights: Tensor) -> tuple[list[int], Tensor]:
     """By one ranking of the edges: the sizes of the circuits at SHARES, after pruning, and their f [shares, W]."""
-    order = ranking(scores, judge.graph, signed)
+    order = ranking(scores, judge.graph, signed, judge.paths)
     circuits = [best(order, int(share * len(order)), judge.graph) for share in SHARES]
     return [int(kept.sum()) for kept in circuits], torch.stack([judge.f(kept, weights) for kept in circuits])
 
@@ -103,7 +106,7 @@ def smallest(judge: Judge, scores: Tensor) -> tuple[Tensor, int]:
     f does not always rise with the size: between the first of SHARES that reaches TARGET and the one before it, the
     circuit found is one whose next smaller neighbour falls short.
     """
-    order = ranking(scores, judge.graph, signed=False)
+    order = ranking(scores, judge.graph, signed=False, paths=judge.paths)
 
     def reaches(n: int) -> bool:
         return bool(judge.f(best(order, n, judge.graph)) >= TARGET)
@@ -122,15 +125,19 @@ def smallest(judge: Judge, scores: Tensor) -> tuple[Tensor, int]:
     return best(order, enough, judge.graph), enough
 
 
-def stability(scores: Tensor, n: int, weights: Tensor) -> tuple[Tensor, float]:
+def stability(scores: Tensor, n: int, weights: Tensor, graph: Graph, paths: bool = False) -> tuple[Tensor, float]:
     """How much a circuit depends on the pairs that it was found on: no run of the model is needed.
 
-    scores [pairs, edges]; weights [W, pairs]: how often each pair counts in each resample. In every resample, the n
-    edges with the largest mean scores in size form a circuit. Returns in which share of the circuits each edge is
-    [edges], and the mean over all pairs of circuits of their Jaccard overlap. The circuits are not pruned.
+    scores [pairs, edges]; weights [W, pairs]: how often each pair counts in each resample. In every resample, the first
+    n edges of the ranking by size form a circuit. Returns in which share of the circuits each edge is [edges], and the
+    mean over all pairs of circuits of their Jaccard overlap. The circuits are not pruned.
     """
-    sizes = (weights @ scores.to(weights.dtype)).abs()
-    chosen = torch.zeros_like(sizes).scatter(1, sizes.topk(n).indices, 1)
+    chosen = []
+    for mean in weights @ scores.to(weights.dtype):
+        kept = torch.zeros(graph.edges.numel(), dtype=weights.dtype)
+        kept[ranking(graph.in_matrix(mean), graph, signed=False, paths=paths)[:n]] = 1
+        chosen.append(kept.view_as(graph.edges)[graph.edges])
+    chosen = torch.stack(chosen)
     shared = chosen @ chosen.T
     overlaps = shared / (2 * n - shared)
     others = ~torch.eye(len(chosen), dtype=torch.bool)

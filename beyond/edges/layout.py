@@ -28,7 +28,7 @@ class Drawn:
 
 
 def ends(edge: str) -> tuple[str, str, str]:
-    """The writer, the reading node, and what is fed there, also mlp or logits: a0.h1, a2.h0, k of a0.h1->a2.h0<k>."""
+    """a0.h1->a2.h0<k> is ("a0.h1", "a2.h0", "k"): writer, reading node, what it feeds there; also "mlp" or "logits"."""
     writer, reader = edge.split("->")
     node, _, kind = reader.rstrip(">").partition("<")
     return writer, node, kind or ("logits" if node == "logits" else "mlp")
@@ -66,12 +66,14 @@ def layout(edges: list[str], graph: Graph) -> Drawn:
             line += [(x[lane], y(lane[1]) - beside), (x[lane], y(lane[1]) + beside)]
         end = x[reader] + PORTS.get(ends(edge)[2], 0) * WIDTH
         points.append([*line, (x[label], y(level[reader] - 1)), (end, y(level[reader]) - HEIGHT / 2)])
-    places = [(x[edge], y(level[ends(edge)[1]] - 1)) for edge in edges]
-    return Drawn({node: (x[node], y(i)) for node, i in level.items()}, points, places)
+    return Drawn({node: (x[node], y(i)) for node, i in level.items()}, points, [line[-2] for line in points])
 
 
 def spread_out(items: list[dict], chains: list[list]) -> dict:
-    """{item: x}: each item near the mean of those that it is joined with, in an order that spares crossings."""
+    """{item: x}: each item near the mean of those that it is joined with, in an order that spares crossings.
+
+    Rows are sorted and placed again and again, from below and from above (the barycentre heuristic).
+    """
     joined = {item: {-1: [], 1: []} for of_level in items for item in of_level}
     for chain in chains:
         for lower, upper in zip(chain, chain[1:]):
@@ -81,7 +83,9 @@ def spread_out(items: list[dict], chains: list[list]) -> dict:
     x = {item: place for i, of_level in enumerate(order) for item, place in placed(of_level, items[i], {}).items()}
     for sweep in range(40):
         up = sweep % 2 == 0
-        sides = (-1, 1) if sweep >= 20 else (-1,) if up else (1,)
+        sides = (-1,) if up else (1,)
+        if sweep >= 20:
+            sides = (-1, 1)
         for i in range(len(items)) if up else reversed(range(len(items))):
             near = {item: [x[other] for side in sides for other in joined[item][side]] for item in order[i]}
             wanted = {item: float(np.mean(of_item)) if of_item else x[item] for item, of_item in near.items()}
@@ -91,7 +95,7 @@ def spread_out(items: list[dict], chains: list[list]) -> dict:
 
 
 def placed(order: list, widths: dict, wanted: dict) -> dict:
-    """{item: x} in this order, side by side, as near as can be to what is wanted (in the mean of the squares)."""
+    """{item: x} in this order, side by side, as near as can be to what is wanted (isotonic regression)."""
     offsets, blocks, at = [], [], 0.0
     for item in order:
         at += widths[item] / 2 + (GAP if offsets else 0)
