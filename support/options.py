@@ -23,10 +23,12 @@ GROUPS = {  # one name for several models
 }
 NODES = "resid_pre,attn_out,mlp_out"  # residual stream, attention outputs and MLP outputs of Table 5
 PAIR = ("original", "patch", "answers")
-EPILOG = (
-    "Models that need no network: toy-gpt2, toy-neox, toy-qwen2, toy-gemma2, toy-qwen3; a real one, smollm2-135m-q4. "
-    "Methods: ap patches each node; atp has the gradient, relp the paper's rules, ig mean gradients; best is .6 relp "
-    "+ .4 twopoint; twopoint, gim, attnlrp, cp-lrp, atp*, eap-ig-5: see beyond/README.md; ln+ah has these rules."
+OFFLINE = (
+    "Models that need no network: toy-gpt2, toy-neox, toy-qwen2, toy-gemma2, toy-qwen3; a real one, smollm2-135m-q4."
+)
+METHODS = (
+    " Methods: ap patches each node; atp has the gradient, relp the paper's rules, ig mean gradients; best is .6 relp "
+    "+ .4 twopoint; twopoint, gim, attnlrp, cp-lrp, atp*, eap-ig-5: see beyond/README.md; ln+ah has just these rules."
 )
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -38,11 +40,9 @@ class Parser(argparse.ArgumentParser):
 
 def common_parser(prog: str, description: str, without: Collection[str] = ()) -> Parser:
     """A parser of the common options, but for those named in `without`, such as "batch-size"."""
-    shape = partial(argparse.HelpFormatter, max_help_position=26, width=110)
-    usage = f"{prog} [options]"
-    parser = Parser(
-        prog=prog, usage=usage, description=description, epilog=EPILOG, allow_abbrev=False, formatter_class=shape
-    )
+    formatter = partial(argparse.HelpFormatter, max_help_position=26, width=110)
+    texts = {"description": description, "epilog": OFFLINE + ("" if "methods" in without else METHODS)}
+    parser = Parser(prog, f"{prog} [options]", **texts, allow_abbrev=False, formatter_class=formatter)
 
     def add(name: str, metavar: str | None = None, **how) -> None:
         if name not in without:

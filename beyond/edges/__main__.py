@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("pairs to judge circuits by are either --held-out or --judge")
     if o.verify and o.sample:
         raise ValueError("the edges that are patched are either those of --verify or those of --sample")
-    if not o.prompts:
+    if not o.prompts and not o.judge:
         o.held_out = o.held_out or 100
     if o.methods is None:  # exact patching of every edge is for small models
         o.methods = ["ap"] * all(name in [*TOYS, "toy-planted"] for name in o.model) + DEFAULT
