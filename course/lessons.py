@@ -761,7 +761,8 @@ for edge in edges[:6]:
 show(figure.draw(f"toy-gpt2: {n_edges} edges do {f:.0%} of the task", edges, graph))
 
 # %% [markdown]
-# On each edge of the picture stands the position at which it matters most, or two if they are nearly equal.
+# On each edge of the picture stand its score, and the position at which it matters most, or two if they are nearly
+# equal.
 #
 # The picture is a guess about the mechanism, and a good one must survive experiments. Here are some: where each head
 # looks, what it does when it is patched, and what the circuit is worth without one of its edges.
