@@ -30,9 +30,7 @@ VERIFIED = Method("verified", "AP in part")
 
 
 def verify(title: str, model: Transformer, pairs: list[Pair], o: argparse.Namespace) -> tuple[Scores, dict]:
-    """Scores {(method, node): [n, layers, positions, ...]}, "verified" among the methods; which cells are exact, {node:
-    bool, the same shape}; and the metric of both runs [n, 2].
-    """
+    """The scores, "verified" among the methods; and which cells are exact, {node: bool [n, layers, positions, ...]}."""
     methods, best = [method(name, model.config.family) for name in CHEAP], method("best", model.config.family)
     found = score_pairs(title, model, pairs, methods, o.nodes, o.metric, o.batch_size)
     scores = found.scores

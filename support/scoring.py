@@ -20,7 +20,7 @@ from support.try_out import try_out
 from tasks import Pair
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-LIKELY = 5
+LIKELY = 5  # next tokens of each run that are written down
 OUT_OF_MEMORY = "out of memory; try a smaller --batch-size, shorter prompts, or --dtype bfloat16"
 
 

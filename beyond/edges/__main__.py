@@ -132,7 +132,7 @@ def evaluate_edges(name: str, o: argparse.Namespace) -> None:
         if not o.no_plot:
             n, f = circuits[main.name]["edges"], summary["drawn"]["f"]
             some = f"{len(edges)} of the {n} edges" if len(edges) < n else f"the {n} edges"
-            title = f"{name}: {some} of {main.label}'s circuit; by themselves they do {f:.0%} of the task"
+            title = f"{name}: {some} of {main.label}'s circuit do {f:.0%} of the task"
             save_figure(new / "circuit.png", partial(figure.draw, title, edges, graph))
             page = files.page(title, edges, graph, {m.name: m.label for m in methods}, o.metric)
             inspector.write(new / "inspect.html", page, summary, TEMPLATE)

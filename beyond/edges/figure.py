@@ -40,7 +40,7 @@ def draw(title: str, edges: list[dict], graph: Graph) -> Figure:
     ax.set_xlim(min(xs) - WIDTH, max(xs) + WIDTH)
     ax.set_ylim(-0.5, top + 0.5)
     ax.axis("off")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, wrap=True)
     kinds = {ends(edge["edge"])[2] for edge in edges}
     shown = [(COLORS[kind], label) for kind, label in LABELS.items() if kind in kinds]
     handles = [Line2D([], [], color=color, linewidth=2.5, label=label) for color, label in shown]

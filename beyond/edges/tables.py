@@ -41,9 +41,9 @@ def print_summary(summary: dict, methods: list[Method]) -> None:
         end = f"{short(of['cpr_log'].value, sign='+'):8}{short(of['cmd_log'].value, sign='+'):8}"
         row(label, short(*of["cpr"], sign="+"), short(*of["cmd"], sign="+"), end)
 
-    edges = summary["drawn"]["edges"][:12]
-    label, n = labels[summary["drawn"]["method"]], len(summary["drawn"]["edges"])
-    print(f"\n  the strongest of the {n} edges of {label}'s circuit, and where they matter most:")
+    name, edges = summary["drawn"]["method"], summary["drawn"]["edges"][:12]
+    n = summary["circuits"][name]["edges"]
+    print(f"\n  the strongest of the {n} edges of {labels[name]}'s circuit, and where they matter most:")
     for edge in edges:
         print(f"    {edge['edge']:24}{edge['score']:9.3f}  {edge['role']}")
     if meanings := legend([edge["role"] for edge in edges]):
