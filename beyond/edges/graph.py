@@ -13,6 +13,7 @@ tensor [writers, readers] on the CPU. Recorded activations have relp's one shape
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,12 +43,12 @@ class Graph:
     def of(c: Config) -> "Graph":
         return Graph(c.n_layers, c.n_heads, c.parallel, c.post_norm)
 
-    @property
+    @cached_property
     def writers(self) -> list[str]:
         layers = range(self.n_layers)
         return ["input", *(name for layer in layers for name in [*self.heads_of(layer), f"m{layer}"])]
 
-    @property
+    @cached_property
     def readers(self) -> list[str]:
         of_layers = [
             [*(f"{head}<{kind}>" for kind in KINDS for head in self.heads_of(layer)), f"m{layer}"]
@@ -88,7 +89,7 @@ class Graph:
         of_layers = [(layer, kind) for layer in range(self.n_layers) for kind in (*KINDS, "mlp")]
         return [*of_layers, (self.n_layers, "logits")]
 
-    @property
+    @cached_property
     def edges(self) -> Tensor:
         """bool [writers, readers]: True where there is an edge."""
         there = torch.zeros(len(self.writers), len(self.readers), dtype=torch.bool)
@@ -101,7 +102,7 @@ class Graph:
         writers, readers = self.writers, self.readers
         return [f"{writers[w]}->{readers[r]}" for w, r in edges.nonzero().tolist()]
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """The names of all edges."""
         return self.names_of(self.edges)
