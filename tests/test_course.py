@@ -102,6 +102,8 @@ def test_the_lesson_on_a_real_model(name, lessons):
     code = code.replace('NAME = ""', f'NAME = "{name}"')
     if name.startswith("toy"):
         code = re.sub(r'.*\("capitals", .*\n', "", code)
+    else:
+        code = code.replace("twenty_pairs(words)[:2]", "twenty_pairs(words)[:1]")  # AP takes its time
     text = run(code, dict(lessons[0]))
     found = {line.partition(":")[0]: float(line.rpartition("mlp_out")[2]) for line in text.splitlines()}
     assert found["names, RelP"] > found["names, AtP"] + 0.1
