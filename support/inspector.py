@@ -99,6 +99,7 @@ def finish(folder: Path) -> None:
         try:
             summary = json.loads(file.read_text(encoding="utf-8"))
             pcc = summary.get("agreement", {}).get("relp", {})
+            pcc = {"edges": pcc} if "averaged" in pcc else pcc
             of_nodes = ", ".join(f"{node} {of['averaged'][0]:.3f}" for node, of in pcc.items())
         except (ValueError, AttributeError, KeyError, TypeError):  # another program's, or a damaged one
             continue

@@ -648,13 +648,18 @@ def test_the_list_of_runs(tmp_path, capsys):
         (folder / "summary.json").write_text(json.dumps({"agreement": agreement, "prompt_pairs": 7}))
         (folder / "inspect.html").touch()
         os.utime(folder / "summary.json", (1000 + pcc * 1e6, 1000 + pcc * 1e6))
+    (tmp_path / "of-edges").mkdir()
+    of_edges = {"agreement": {"relp": {"averaged": [0.5, 0, 1], "slope": [1, 1, 1]}}, "prompt_pairs": 9}
+    (tmp_path / "of-edges" / "summary.json").write_text(json.dumps(of_edges))
+    os.utime(tmp_path / "of-edges" / "summary.json", (5, 5))
     for name, text in (("c", "{"), ("d", "[1]"), ("e", '{"agreement": 3}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(text)
     inspector.finish(tmp_path / "a")
     page = (tmp_path / "index.html").read_text()
     lines = [line for line in page.splitlines() if line.startswith("<tr><td>")]
-    assert len(lines) == 2 and "mlp_out 0.750" in lines[0] and "mlp_out 0.250" in lines[1] and "<td>7</td>" in lines[0]
+    assert len(lines) == 3 and "mlp_out 0.750" in lines[0] and "mlp_out 0.250" in lines[1] and "<td>7</td>" in lines[0]
+    assert "edges 0.500" in lines[2] and "<td>9</td>" in lines[2]
     assert "b &lt;i&gt;" in lines[0] and 'href="b%20%3Ci%3E/inspect.html"' in lines[0] and "<i>" not in page
     assert f"written to {tmp_path / 'a'}/\n  all runs: {tmp_path}/index.html" in capsys.readouterr().out
 
