@@ -460,6 +460,18 @@ def test_a_fault_is_listed_once_and_how_often(browser, nodes_page):
     assert len({tuple(key) for key, _ in order}) == 10
 
 
+def test_a_fault_of_a_single_pair_is_counted_in_pairs_or_layers(browser, pairs, tmp_path):
+    found = made_up(pairs[:1])
+    page = inspector.of_nodes("toy-gpt2", found, METHODS, NODES, pairs[:1], "logit_diff")
+    inspector.write(tmp_path / "inspect.html", page, SUMMARY)
+    browser.open(tmp_path / "inspect.html")
+    for scope, of in (("map", "4 layers"), ("pairs", "1 pairs"), ("everything", "1 pairs")):
+        browser.choose("#list-scope", scope)
+        often = browser.run("return [...document.querySelectorAll('#list tr td:last-child')].map((x) => x.textContent)")
+        counts = [int(re.fullmatch(f"in (\\d+) of {of}", text)[1]) for text in often]
+        assert len(counts) == 10 and all(1 <= count <= int(of[0]) for count in counts)
+
+
 def test_the_next_tokens_of_both_runs(browser, nodes_page):
     browser.open(nodes_page.path)
     assert browser.run("return document.querySelectorAll('.next').length") == 0  # the mean has none
