@@ -95,8 +95,8 @@ def test_a_head_steers_what_the_movers_look_at():
             sum(seen[layer][i, -1, mover, pair.roles.index("A")] for layer, mover in movers) / 2
             for i, pair in enumerate(pairs)
         ]
-        torch.testing.assert_close(roles.attention_to_a(model, pairs, movers, given), torch.stack(wanted))
-    first, second = (roles.attention_to_a(model, pairs, movers, given) for given in (None, head))
+        torch.testing.assert_close(roles.attention_to_a(model, pairs, movers, [given])[given], torch.stack(wanted))
+    first, second = roles.attention_to_a(model, pairs, movers, [None, head]).values()
     assert (first - second).abs().max() > 1e-6
 
 

@@ -9,6 +9,7 @@ heads look at B1 (duplicate token heads) or at the word after it (induction head
 """
 
 import sys
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,26 +75,29 @@ def gradient(model: Transformer, x: Tensor, token: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attention_to_a(model: Transformer, pairs: list[tasks.Pair], movers: list, head=None, where: str = "END") -> Tensor:
-    """The movers' mean attention [batch] from END to A, if a head writes at one place what it does in the patch run.
+def attention_to_a(model: Transformer, pairs: list[tasks.Pair], movers: list, heads: list, where: str = "END") -> dict:
+    """{head: the movers' mean attention [batch] from END to A}, if this head writes at one place what it does in the
+    patch run; None: if no head does.
 
-    movers and head: (layer, head).
+    movers and heads: (layer, head).
     """
     original, patch, _ = tensors(pairs, model.embed_tokens.weight.device)
     _, patch_acts = relp.record(model, patch, ["head"])
-    here, at_a, attention = position(pairs, where), position(pairs, "A"), []
+    here, at_a, found = position(pairs, where), position(pairs, "A"), {}
+    for head in heads:
+        found[head] = 0
 
-    def hook(node: str, layer: int, x: Tensor) -> Tensor:
-        if node == "z" and head and head[0] == layer:
-            x = x.clone()
-            x[:, here, head[1]] = patch_acts["head", layer][:, here, head[1]]
-        if node == "pattern":
-            attention.extend(x[:, -1, mover, at_a] for i, mover in movers if i == layer)
-        return x
+        def hook(node: str, layer: int, x: Tensor, head=head) -> Tensor:
+            if node == "z" and head and head[0] == layer:
+                x = x.clone()
+                x[:, here, head[1]] = patch_acts["head", layer][:, here, head[1]]
+            if node == "pattern":
+                found[head] += sum(x[:, -1, mover, at_a] for i, mover in movers if i == layer) / len(movers)
+            return x
 
-    hook.nodes = {"z", "pattern"}
-    model.stream(original, hook=hook)
-    return torch.stack(attention).mean(0)
+        hook.nodes = {"z", "pattern"}
+        model.stream(original, hook=hook)
+    return found
 
 
 def mean_of_groups(pairs: list[tasks.Pair], compute) -> dict[str, Tensor]:
@@ -114,23 +118,22 @@ def roles(name: str, o) -> None:
     model, tokenizer = load_model(name, o), load_tokenizer(name)
     swap, s2 = (tasks.ioi(tokenizer, o.pairs, o.seed, corruption, not o.no_bos) for corruption in ("swap", "s2"))
     say(f"\n{name}: {model.config.n_layers} layers, {o.pairs} prompt pairs; AP is what counts for the order")
-    found = {"swap END": strongest(mean_of_groups(swap, lambda pairs: what_heads_do(model, pairs)))}
+    found = {"swap END": strongest(mean_of_groups(swap, partial(what_heads_do, model)))}
     say("\n  both names exchanged (swap), heads at END")
     print_heads(found["swap END"])
     movers = [head for head, of in found["swap END"].items() if of["A"] > MUCH]
     if not movers:
         raise ValueError(f"none of {name}'s {MOST} heads that matter most at END looks at A: it has no name movers")
-
-    def looks(head: tuple[int, int] | None, where: str = "END") -> float:
-        return float(mean_of_groups(s2, lambda pairs: {"A": attention_to_a(model, pairs, movers, head, where)})["A"])
-
-    names = ", ".join(f"a{layer}.h{head}" for layer, head in movers)
-    say(f"\n  movers: {names}. They look at A with {looks(None):.2f}; in the last column, if the head")
+    say(
+        f"\n  movers: {', '.join(by_name(dict.fromkeys(movers)))}; in the last column, how much they look at A if the head"
+    )
     say("  writes there what it does in the prompt with the other name at S2")
     for where in LOOKS:
-        of_place = strongest(mean_of_groups(s2, lambda pairs, where=where: what_heads_do(model, pairs, where)))
-        found[f"s2 {where}"] = {head: of | {"movers": looks(head, where)} for head, of in of_place.items()}
-        say(f"\n  the other name at S2 (s2), heads at {where}")
+        of_place = strongest(mean_of_groups(s2, partial(what_heads_do, model, where=where)))
+        heads = [None, *of_place]
+        looks = mean_of_groups(s2, partial(attention_to_a, model, movers=movers, heads=heads, where=where))
+        found[f"s2 {where}"] = {head: of | {"movers": float(looks[head])} for head, of in of_place.items()}
+        say(f"\n  the other name at S2 (s2), heads at {where}; without a patch, movers at A: {looks[None]:.2f}")
         print_heads(found[f"s2 {where}"])
     folder = folder_of(o.out, name, "edges")
     tables = {title: by_name(table) for title, table in found.items()}
