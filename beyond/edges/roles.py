@@ -124,10 +124,9 @@ def roles(name: str, o) -> None:
     movers = [head for head, of in found["swap END"].items() if of["A"] > MUCH]
     if not movers:
         raise ValueError(f"none of {name}'s {MOST} heads that matter most at END looks at A: it has no name movers")
-    say(
-        f"\n  movers: {', '.join(by_name(dict.fromkeys(movers)))}; in the last column, how much they look at A if the head"
-    )
-    say("  writes there what it does in the prompt with the other name at S2")
+    names = ", ".join(by_name(dict.fromkeys(movers)))
+    say(f"\n  movers: {names}; in the last column, how much they look at A")
+    say("  if the head writes there what it does in the prompt with the other name at S2")
     for where in LOOKS:
         of_place = strongest(mean_of_groups(s2, partial(what_heads_do, model, where=where)))
         heads = [None, *of_place]
